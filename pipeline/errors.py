@@ -1,0 +1,36 @@
+"""The one exception whose text is meant for the person at the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend: the text names the file or option, what was found, and the remedy.
+
+    Command lines print it as one sentence without a traceback and exit with status 2 (see `run_command`).
+    """
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """Run a command line's body; turn `UserError`, a full disk and Ctrl-C into one sentence and an exit status.
+
+    Returns the body's status (0 for None), 2 after a `UserError` or an operating system error, 130 after Ctrl-C.
+    """
+    try:
+        return command() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: everything committed so far is kept; run the same command to go on", file=sys.stderr)
+        return 130
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"error: {error.strerror or error}{where}: committed files are kept; mend the cause and run the same "
+            "command again",
+            file=sys.stderr,
+        )
+        return 2

@@ -1,0 +1,1 @@
+"""Stage two: shards -> batches -> xLSTM -> losses -> checkpoint, generation, evaluation."""

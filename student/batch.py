@@ -1,0 +1,45 @@
+"""A training batch: what the loader hands to the student and its losses.
+
+Legend: B rows, T tokens a row, K top-k ids, R temperatures, G depth groups, n = T/b blocks, W = T/w windows,
+D teacher width, M tail samples. Padding only in `packing: document` caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Target of a position that has none: padding, or the last position of a row nothing follows."""
+
+
+@dataclass
+class Batch:
+    """Tensors of B rows. Optional ones are None where the cache does not hold the column."""
+
+    sequence_id_B: Tensor  # int64
+    length_B: Tensor  # int64, valid tokens
+    input_ids_BT: Tensor  # int64
+    segment_ids_BT: Tensor  # int32
+    target_BT: Tensor  # int64, IGNORE where there is none; position t's target is token t+1, the last one next_id
+    topk_ids_BTK: Tensor  # int64
+    topk_logits_BTK: Tensor  # float32, NaN on padding
+    target_logit_BT: Tensor  # float32, NaN where there is no target
+    lse_BT: Tensor  # float32
+    log_tail_BTR: Tensor  # float32, one column per temperature of `taus`
+    attn_map_BGnn: Tensor | None = None  # float32
+    hidden_BWD: Tensor | None = None  # float32
+    taus: tuple[float, ...] = (1.0,)
+
+    @property
+    def valid_BT(self) -> Tensor:
+        """bool: positions that hold a token the teacher read (not padding)."""
+        positions_T = torch.arange(self.input_ids_BT.shape[1], device=self.input_ids_BT.device)
+        return positions_T[None, :] < self.length_B[:, None]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return Batch(**moved)

@@ -1,0 +1,1 @@
+"""Stage one: corpus -> packing -> engine -> capture -> shards."""
