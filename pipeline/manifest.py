@@ -1,0 +1,126 @@
+"""`manifest.json`: what a cache is. Created once, exclusively, and never rewritten.
+
+Two identities: `compat_id` must match between cache, student and checkpoint; `data_id` must match for an exact resume and
+between the shards of one cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.commit import canonical_json, commit_json, read_json
+from pipeline.errors import UserError
+from pipeline.schema import SCHEMA_MAJOR, SCHEMA_MINOR, CacheSpec
+
+MANIFEST = "manifest.json"
+
+
+def identity(content: dict[str, Any]) -> str:
+    """Hex sha256 (first 32 digits) of a dictionary's canonical JSON."""
+    return hashlib.sha256(canonical_json(content)).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `manifest.json`.
+
+    Attributes:
+        compat: fields that decide whether a student can learn from the cache at all: teacher, tokenizer, vocabulary,
+            head dtype, scale, cap, schema major.
+        data: fields that decide the rows: corpus, length, K, temperatures, pooling, packing, seeds.
+        spec: shape of the rows.
+        settings: the resolved configuration of the dump that created the cache (for people; not compared).
+        teacher_path: where the teacher's weights were read, for `--full_kl`; a hint, not part of the identity.
+    """
+
+    compat: dict[str, Any]
+    data: dict[str, Any]
+    spec: CacheSpec
+    settings: dict[str, Any]
+    teacher_path: str
+    created: str
+
+    @property
+    def compat_id(self) -> str:
+        return identity(self.compat)
+
+    @property
+    def data_id(self) -> str:
+        return identity(self.data)
+
+    def to_record(self) -> dict[str, Any]:
+        return {
+            "schema": f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}",
+            "created": self.created,
+            "compat_id": self.compat_id,
+            "data_id": self.data_id,
+            "compat": self.compat,
+            "data": self.data,
+            "spec": self.spec.to_record(),
+            "settings": self.settings,
+            "teacher_path": self.teacher_path,
+        }
+
+
+def read_manifest(cache: Path) -> Manifest:
+    """Read `manifest.json` of a cache.
+
+    Raises:
+        UserError: no cache there, a damaged manifest, or one of a newer major version.
+    """
+    path = cache / MANIFEST
+    if not path.is_file():
+        raise UserError(
+            f"{cache} is no cache ({MANIFEST} is missing): name a cache folder, or make one with dump-teacher"
+        )
+    record = read_json(path)
+    major = int(str(record.get("schema", "0")).split(".")[0])
+    if major != SCHEMA_MAJOR:
+        raise UserError(
+            f"{path} has schema {record.get('schema')}, this version reads {SCHEMA_MAJOR}.x: "
+            + ("upgrade this software" if major > SCHEMA_MAJOR else "dump the cache again")
+        )
+    manifest = Manifest(
+        compat=record["compat"],
+        data=record["data"],
+        spec=CacheSpec.from_record(record["spec"]),
+        settings=record["settings"],
+        teacher_path=record["teacher_path"],
+        created=record["created"],
+    )
+    if (manifest.compat_id, manifest.data_id) != (record["compat_id"], record["data_id"]):
+        raise UserError(f"{path}: its identities do not follow from its fields: it was edited; restore it from a copy")
+    return manifest
+
+
+def create_or_match(cache: Path, wanted: Manifest) -> Manifest:
+    """Create the manifest, or check that the cache there was made with the same identity.
+
+    Raises:
+        UserError: the cache was made with other settings; names every field that differs and both values.
+    """
+    try:
+        commit_json(cache / MANIFEST, wanted.to_record(), exclusive=True)
+        return wanted
+    except FileExistsError:
+        found = read_manifest(cache)
+    differences = describe_difference(found.compat, wanted.compat) + describe_difference(found.data, wanted.data)
+    if differences:
+        raise UserError(
+            f"{cache} was made with other settings than this run asks for: {'; '.join(differences)}. "
+            "Use the settings of the cache, or another folder (CACHE=..., --cache)"
+        )
+    return found
+
+
+def describe_difference(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Human sentences for the fields in which two identity dictionaries differ."""
+    keys = sorted(found.keys() | wanted.keys())
+    return [
+        f"{key}: cache has {found.get(key)!r}, asked for {wanted.get(key)!r}"
+        for key in keys
+        if found.get(key) != wanted.get(key)
+    ]

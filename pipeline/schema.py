@@ -1,0 +1,158 @@
+"""The columns of a shard: Arrow types, Parquet encodings and the facts that travel in every shard's metadata.
+
+Legend: T length of a row, K top-k ids, R temperatures, G depth groups, n = T/b pooling blocks, W = T/w windows,
+D teacher width, M tail samples, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_MAJOR = 1
+SCHEMA_MINOR = 0
+ROW_GROUP_TOKENS = 131_072
+HELDOUT_UNIT = 1 << 30
+"""Held-out units are numbered from here, so that `sequence_id` stays unique in the cache."""
+METADATA_KEY = b"distil_xlstm"
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Everything that fixes the shape of a row.
+
+    Attributes:
+        length: T, tokens of a row.
+        vocab_size: V of the teacher.
+        k: K, ids kept per position.
+        taus: R temperatures of `log_tail`, ascending.
+        block: b, tokens of a pooling block of `attn_map`; 0: the column is left out.
+        groups: G, depth groups of `attn_map`.
+        window: w, tokens of a window of `hidden`; 0: the column is left out.
+        width: D, width of the teacher (of `hidden`).
+        tail_samples: M, draws from the tail; 0: the columns are left out.
+        packing: "stream" or "document".
+    """
+
+    length: int
+    vocab_size: int
+    k: int
+    taus: tuple[float, ...]
+    block: int
+    groups: int
+    window: int
+    width: int
+    tail_samples: int
+    packing: str
+
+    @property
+    def blocks(self) -> int:
+        """n, pooling blocks of a row (0 without maps)."""
+        return self.length // self.block if self.block else 0
+
+    @property
+    def windows(self) -> int:
+        """W, windows of a row (0 without hidden states)."""
+        return self.length // self.window if self.window else 0
+
+    @property
+    def id_type(self) -> pa.DataType:
+        return pa.uint16() if self.vocab_size <= 1 << 16 else pa.int32()
+
+    @property
+    def rows_per_group(self) -> int:
+        return max(1, ROW_GROUP_TOKENS // self.length)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one row's value, for every fixed-size column."""
+        T, K, R = self.length, self.k, len(self.taus)
+        shapes: dict[str, tuple[int, ...]] = {
+            "segment_ids": (T,),
+            "input_ids": (T,),
+            "topk_ids": (T, K),
+            "topk_logits": (T, K),
+            "target_logit": (T,),
+            "lse": (T,),
+            "log_tail": (T, R),
+        }
+        if self.block:
+            shapes["attn_map"] = (self.groups, self.blocks, self.blocks)
+        if self.window:
+            shapes["hidden"] = (self.windows, self.width)
+        if self.tail_samples:
+            shapes["tail_ids"] = (T, self.tail_samples)
+            shapes["tail_logits"] = (T, self.tail_samples)
+        return shapes
+
+    def value_type(self, column: str) -> pa.DataType:
+        """Arrow type of one number of a fixed-size column."""
+        types = {
+            "segment_ids": pa.int32(),
+            "input_ids": pa.int32(),
+            "topk_ids": self.id_type,
+            "tail_ids": self.id_type,
+            "attn_map": pa.float16(),
+        }
+        return types.get(column, pa.float32())
+
+    def arrow_schema(self, metadata: dict[str, Any] | None = None) -> pa.Schema:
+        """The shard's schema; `metadata` is stored as JSON under the key `distil_xlstm`, with the shapes."""
+        fields = [
+            pa.field("sequence_id", pa.int64(), nullable=False),
+            pa.field("length", pa.int32(), nullable=False),
+            pa.field("next_id", pa.int32(), nullable=False),
+            pa.field("doc_ids", pa.list_(pa.field("element", pa.string(), nullable=False)), nullable=False),
+        ]
+        for name, shape in self.shapes().items():
+            size = 1
+            for extent in shape:
+                size *= extent
+            element = pa.field("element", self.value_type(name), nullable=False)
+            fields.append(pa.field(name, pa.list_(element, size), nullable=False))
+        record = {
+            "schema": f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}",
+            **asdict(self),
+            "shapes": self.shapes(),
+            **(metadata or {}),
+        }
+        return pa.schema(fields, metadata={METADATA_KEY: json.dumps(record).encode()})
+
+    def write_options(self) -> dict[str, Any]:
+        """Keyword arguments for `pyarrow.parquet.ParquetWriter`.
+
+        BYTE_STREAM_SPLIT groups the bytes of equal significance, which zstd then packs well; float16 stays PLAIN because
+        DuckDB refuses it otherwise. Statistics on list columns would cost space and tell nothing.
+        """
+        encodings = {"sequence_id": "PLAIN", "length": "PLAIN", "next_id": "PLAIN", "doc_ids.list.element": "PLAIN"}
+        for name in self.shapes():
+            encodings[f"{name}.list.element"] = "PLAIN" if name == "attn_map" else "BYTE_STREAM_SPLIT"
+        return {
+            "use_dictionary": False,
+            "column_encoding": encodings,
+            "compression": "zstd",
+            "compression_level": 3,
+            "write_statistics": ["sequence_id"],
+            "write_page_checksum": True,
+            "store_schema": True,
+            "version": "2.6",
+        }
+
+    def to_record(self) -> dict[str, Any]:
+        return {**asdict(self), "taus": list(self.taus)}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> CacheSpec:
+        return cls(**{**record, "taus": tuple(record["taus"])})
+
+
+def sequence_id(unit: int, row: int) -> int:
+    """(unit << 32) + row: unique in the cache, whatever the number of shards."""
+    return (unit << 32) + row
+
+
+def unit_name(unit: int) -> str:
+    """File stem of a unit: `shard-00000` for training, `heldout-00000` for held-out units."""
+    return f"heldout-{unit - HELDOUT_UNIT:05d}" if unit >= HELDOUT_UNIT else f"shard-{unit:05d}"

@@ -1,0 +1,224 @@
+"""One shard: columns in, a committed Parquet file and its JSON out; and back, with every checksum looked at."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.commit import commit_file, commit_json, file_sha256, read_json
+from pipeline.errors import UserError
+from pipeline.schema import CacheSpec, unit_name
+
+Columns = dict[str, Any]
+"""Column name -> values of R rows: a NumPy array whose first axis is R, or a list of lists of strings for `doc_ids`."""
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What a shard's JSON says; the shard exists when this file does."""
+
+    unit: int
+    split: str
+    file: str
+    bytes: int
+    sha256: str
+    footer_sha256: str
+    rows: int
+    tokens: int
+    short: bool  # the unit's source range held fewer tokens than planned
+    source: dict[str, Any]
+    mean_entropy: float  # nats, lower bound from K+1 outcomes
+    mean_tail_mass: float  # at tau 1
+    compat_id: str
+    data_id: str
+    versions: dict[str, str]
+    hardware: str
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        return unit_name(self.unit)
+
+
+class DamagedShard(UserError):
+    """A shard whose bytes are not what was committed; the message names shard, row group and column."""
+
+
+def to_table(spec: CacheSpec, schema: pa.Schema, columns: Columns) -> pa.Table:
+    """R rows of NumPy columns as an Arrow table of `schema`; values are not copied where types allow."""
+    shapes = spec.shapes()
+    arrays: list[pa.Array] = []
+    for field in schema:
+        values = columns[field.name]
+        if field.name in shapes:
+            flat = np.ascontiguousarray(values).reshape(-1)
+            numbers = pa.array(flat, type=field.type.value_type)
+            arrays.append(pa.FixedSizeListArray.from_arrays(numbers, type=field.type))
+        else:
+            arrays.append(pa.array(values, type=field.type))
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def write_parquet(path: Path, spec: CacheSpec, metadata: dict[str, Any], groups: Iterable[Columns]) -> None:
+    """Write row groups to `path`. Each item of `groups` becomes one row group."""
+    schema = spec.arrow_schema(metadata)
+    with pq.ParquetWriter(path, schema, **spec.write_options()) as writer:
+        for columns in groups:
+            writer.write_table(to_table(spec, schema, columns))
+
+
+def footer_sha256(path: Path) -> str:
+    """Hex sha256 of a Parquet footer: page checksums do not cover it, so it has a digest of its own.
+
+    Raises:
+        DamagedShard: the file is too short or does not end as Parquet does.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - 8))
+        tail = file.read(8)
+    length = int.from_bytes(tail[:4], "little")
+    if size < 12 or tail[4:] != b"PAR1" or length + 12 > size:
+        raise DamagedShard(f"{path} does not end as a Parquet file does: it was cut or damaged; dump it again")
+    return file_sha256(path, start=size - 8 - length)
+
+
+def commit_shard(
+    folder: Path,
+    unit: int,
+    spec: CacheSpec,
+    metadata: dict[str, Any],
+    groups: Iterable[Columns],
+    describe: Any,
+    claim: str,
+) -> ShardRecord:
+    """Write one unit's rows as `NAME.parquet`, then its JSON, each by the commit protocol.
+
+    Args:
+        folder: the cache.
+        unit: unit number.
+        spec: shape of the rows.
+        metadata: stored in the Parquet key-value metadata.
+        groups: row groups, consumed as they come; an exception in it leaves nothing visible.
+        describe: called once after the last group; returns the `ShardRecord` fields that the rows decide (a dict).
+        claim: the writer's id.
+    """
+    final = folder / f"{unit_name(unit)}.parquet"
+    digest = commit_file(
+        final,
+        lambda path: write_parquet(path, spec, metadata, groups),
+        claim=claim,
+        check=read_back,
+    )
+    record = ShardRecord(
+        unit=unit,
+        file=final.name,
+        bytes=digest.bytes,
+        sha256=digest.sha256,
+        footer_sha256=footer_sha256(final),
+        **describe(),
+    )
+    commit_json(folder / f"{unit_name(unit)}.json", asdict(record), claim=claim)
+    return record
+
+
+def read_back(path: Path) -> None:
+    """Read every page of a Parquet file with its checksum; raises OSError if one does not match."""
+    with pq.ParquetFile(path, page_checksum_verification=True, memory_map=False) as file:
+        for group in range(file.num_row_groups):
+            file.read_row_group(group, use_threads=False)
+
+
+def read_record(path: Path) -> ShardRecord:
+    """The JSON beside a shard; fields that a newer minor version added are passed over."""
+    record = read_json(path)
+    known = {f.name for f in fields(ShardRecord)}
+    missing = known - record.keys()
+    if missing:
+        raise UserError(f"{path} lacks the fields {sorted(missing)}: it was not written by this version; dump it again")
+    name = record["file"]
+    if name != os.path.basename(name) or name != f"{unit_name(record['unit'])}.parquet":
+        raise UserError(f"{path} names the file {name!r}, which is not the shard beside it: do not trust this cache")
+    return ShardRecord(**{k: v for k, v in record.items() if k in known})
+
+
+class ShardFile:
+    """An open shard: the footer's digest is checked before it is parsed, page checksums while reading.
+
+    Raises:
+        DamagedShard: on opening or reading; never returns wrong rows.
+    """
+
+    def __init__(self, folder: Path, record: ShardRecord, spec: CacheSpec) -> None:
+        self.path = folder / record.file
+        self.record = record
+        self.spec = spec
+        if not self.path.is_file():
+            raise DamagedShard(f"{self.path} is missing, though its JSON is there: dump it again")
+        size = self.path.stat().st_size
+        if size != record.bytes:
+            raise DamagedShard(f"{self.path} has {size} bytes, its JSON says {record.bytes}: dump it again")
+        if footer_sha256(self.path) != record.footer_sha256:
+            raise DamagedShard(f"{self.path}: the footer does not match the digest in its JSON: dump it again")
+        self._file = pq.ParquetFile(self.path, page_checksum_verification=True, memory_map=False)
+
+    @property
+    def row_groups(self) -> int:
+        return self._file.num_row_groups
+
+    @property
+    def group_rows(self) -> list[int]:
+        return [self._file.metadata.row_group(i).num_rows for i in range(self.row_groups)]
+
+    @property
+    def parquet(self) -> pq.ParquetFile:
+        return self._file
+
+    def read_group(self, group: int, columns: list[str] | None = None) -> Columns:
+        """Row group `group` as NumPy arrays (R, *shape), without a copy where Arrow allows; `doc_ids` as lists."""
+        try:
+            table = self._file.read_row_group(group, columns=columns, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise self._damage(group, columns, error) from error
+        shapes = self.spec.shapes()
+        values: Columns = {}
+        for name in table.column_names:
+            chunk = table.column(name).combine_chunks()
+            if isinstance(chunk, pa.ChunkedArray):
+                chunk = chunk.chunk(0)
+            if name in shapes:
+                numbers = chunk.flatten().to_numpy(zero_copy_only=True)
+                values[name] = numbers.reshape(len(chunk), *shapes[name])
+            elif name == "doc_ids":
+                values[name] = chunk.to_pylist()
+            else:
+                values[name] = chunk.to_numpy(zero_copy_only=True)
+        return values
+
+    def _damage(self, group: int, columns: list[str] | None, error: Exception) -> DamagedShard:
+        """Name the column: read them one by one until one fails."""
+        for name in columns or self._file.schema_arrow.names:
+            try:
+                self._file.read_row_group(group, columns=[name], use_threads=False)
+            except (OSError, pa.ArrowException):
+                return DamagedShard(
+                    f"{self.path}: row group {group}, column {name} does not match its page checksums ({error}): run "
+                    "`make verify`, then dump the shard again"
+                )
+        return DamagedShard(f"{self.path}: row group {group} could not be read ({error}): dump the shard again")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> ShardFile:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

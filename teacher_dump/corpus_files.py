@@ -1,0 +1,275 @@
+"""One corpus file: its kind, its extent, its fingerprint, and how a range of it is read without the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from pipeline.errors import UserError
+
+FULL_HASH_BYTES = 256 << 20
+"""Local files up to this size are hashed whole; of larger ones, 64 blocks spread over the file."""
+BLOCK = 1 << 20
+INDEX_STRIDE = 1 << 20
+ENDINGS = {
+    ".parquet": "parquet",
+    ".jsonl.zst": "jsonl.zst",
+    ".json.zst": "jsonl.zst",
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".txt": "text",
+}
+
+
+def kind_of(path: str) -> str | None:
+    """The kind a file's name says, None if it is none of ours."""
+    return next((kind for ending, kind in ENDINGS.items() if path.lower().endswith(ending)), None)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """Layout of one file.
+
+    Attributes:
+        path: local path or URL.
+        kind: parquet, jsonl, jsonl.zst or text.
+        extent: bytes of uncompressed text, or rows of a parquet file.
+        text_bytes: bytes of text (for parquet: of the text column, uncompressed).
+        fingerprint: changes when the file's content does.
+        index: for jsonl.zst, (compressed offset, uncompressed offset) of frames; for parquet, the first row of each
+            row group.
+    """
+
+    path: str
+    kind: str
+    extent: int
+    text_bytes: int
+    fingerprint: str
+    index: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def unit(self) -> str:
+        return "rows" if self.kind == "parquet" else "bytes"
+
+    def to_record(self) -> dict[str, Any]:
+        return {**asdict(self), "index": [list(entry) for entry in self.index]}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> SourceFile:
+        return cls(**{**record, "index": tuple((int(a), int(b)) for a, b in record["index"])})
+
+    def read(self, low: int, high: int, text: str, name: str, limit: int) -> Iterator[tuple[int, Any]]:
+        """(position, raw value) of the documents that begin in [low, high)."""
+        if self.kind == "parquet":
+            yield from self._read_rows(low, high, text, name, limit)
+            return
+        with _open(self.path) as raw:
+            stream, position = self._seek(raw, low)
+            lines = _paragraphs(stream, position, limit, self.path) if self.kind == "text" else None
+            for start, line in lines or _lines(stream, position, limit, self.path):
+                if start >= high:
+                    return
+                if start >= low and line.strip():
+                    yield start, line
+
+    def _seek(self, raw: BinaryIO, low: int) -> tuple[BinaryIO, int]:
+        """A stream that begins a few bytes before `low`: enough to see whether a line or paragraph begins at `low`."""
+        before = max(low - 4, 0)
+        if self.kind == "jsonl.zst":
+            compressed, position = max(entry for entry in self.index if entry[1] <= before)
+            raw.seek(compressed)
+            reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(raw, read_across_frames=True)
+            _skip(reader, before - position, self.path)
+            return io.BufferedReader(reader, BLOCK), before  # type: ignore[arg-type, return-value]
+        raw.seek(before)
+        return raw, before
+
+    def _read_rows(self, low: int, high: int, text: str, name: str, limit: int) -> Iterator[tuple[int, Any]]:
+        with _open(self.path) as raw:
+            file = pq.ParquetFile(raw)
+            columns = [c for c in (text, name) if c in file.schema_arrow.names]
+            for group, (_, first) in enumerate(self.index):
+                rows = file.metadata.row_group(group).num_rows
+                if first + rows <= low or first >= high:
+                    continue
+                position = first
+                for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=columns):
+                    for value in batch.to_pylist():
+                        if low <= position < high:
+                            content = value.get(text)
+                            if isinstance(content, str) and len(content) > limit:
+                                raise _too_long(self.path, position, limit)
+                            yield position, value
+                        position += 1
+                    if position >= high:
+                        break
+
+
+def _open(path: str) -> Any:
+    try:
+        return fsspec.open(path, "rb").open()
+    except FileNotFoundError:
+        raise UserError(f"corpus file {path} is missing: mend corpus.source, or bring the file back") from None
+
+
+def _skip(reader: Any, count: int, path: str) -> None:
+    while count > 0:
+        block = reader.read(min(count, BLOCK))
+        if not block:
+            raise UserError(f"{path} ends early: the zstd stream was cut; fetch the file again")
+        count -= len(block)
+
+
+def _lines(stream: BinaryIO, position: int, limit: int, path: str) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of every line that begins after `position`; the one `position` falls into is passed over."""
+    passing = position > 0
+    while True:
+        line = stream.readline(limit)
+        if passing and line:
+            position += len(line)
+            passing = not line.endswith(b"\n")
+            continue
+        if not line:
+            return
+        if len(line) >= limit:
+            raise _too_long(path, position, limit)
+        yield position, line
+        position += len(line)
+
+
+def _paragraphs(stream: BinaryIO, position: int, limit: int, path: str) -> Iterator[tuple[int, bytes]]:
+    """(offset, text) of runs of non-blank lines; a run that began before `position` is passed over."""
+    begun, parts, held = position, list[bytes](), 0
+    inside = position > 0  # until a blank line is seen, we may be within a paragraph of the range before
+    for start, line in _lines(stream, position, limit, path):
+        if line.strip():
+            if not inside:
+                if not parts:
+                    begun, held = start, 0
+                parts.append(line)
+                held += len(line)
+                if held >= limit:
+                    raise _too_long(path, begun, limit)
+        else:
+            if parts:
+                yield begun, b"".join(parts).rstrip(b"\r\n")
+            inside, parts = False, []
+    if parts:
+        yield begun, b"".join(parts).rstrip(b"\r\n")
+
+
+def _too_long(path: str, position: int, limit: int) -> UserError:
+    return UserError(
+        f"{path}: the document at position {position} is longer than {limit} bytes: split it, or raise "
+        "corpus.max_document_bytes"
+    )
+
+
+def describe_file(path: str, text_field: str) -> SourceFile:
+    """Read a file's layout; its text is not read (a zstd file is decompressed once to find its frames).
+
+    Raises:
+        UserError: missing, empty, truncated, of an unknown kind, or a parquet file without the text column.
+    """
+    kind = kind_of(path)
+    if kind is None:
+        raise UserError(f"corpus file {path}: its ending is none of {', '.join(ENDINGS)}; rename or convert it")
+    with _open(path) as raw:
+        size = raw.seek(0, 2)
+        if size == 0:
+            raise UserError(f"corpus file {path} is empty: remove it from corpus.source, or fetch it again")
+        raw.seek(0)
+        fingerprint = fingerprint_of(path, raw, size)
+        raw.seek(0)
+        if kind == "parquet":
+            return _describe_parquet(path, raw, fingerprint, text_field)
+        if kind == "jsonl.zst":
+            index, extent = index_frames(raw, path)
+            return SourceFile(path, kind, extent, extent, fingerprint, index)
+        if raw.read(1) == b"[" and kind == "jsonl":
+            raise UserError(
+                f"corpus file {path} is a JSON array: give one object a line (jq -c '.[]' FILE > NEW.jsonl)"
+            )
+    return SourceFile(path, kind, size, size, fingerprint)
+
+
+def _describe_parquet(path: str, raw: Any, fingerprint: str, text_field: str) -> SourceFile:
+    try:
+        metadata = pq.read_metadata(raw)
+    except pa.ArrowException as error:
+        raise UserError(f"corpus file {path} is no readable parquet file ({error}): fetch it again") from None
+    names = metadata.schema.to_arrow_schema().names
+    if text_field not in names:
+        raise UserError(f"corpus file {path} has no column {text_field!r} (found {names}): set corpus.text_field")
+    if metadata.num_rows == 0:
+        raise UserError(f"corpus file {path} has no rows: remove it from corpus.source")
+    first, starts, text_bytes = 0, [], 0
+    for group in range(metadata.num_row_groups):
+        meta = metadata.row_group(group)
+        starts.append((group, first))
+        first += meta.num_rows
+        for column in range(meta.num_columns):
+            if meta.column(column).path_in_schema == text_field:
+                text_bytes += meta.column(column).total_uncompressed_size
+    return SourceFile(path, "parquet", first, max(text_bytes, 1), fingerprint, tuple(starts))
+
+
+def index_frames(raw: BinaryIO, path: str) -> tuple[tuple[tuple[int, int], ...], int]:
+    """Frames of a zstd file as (compressed, uncompressed) offsets about INDEX_STRIDE apart, and its whole length.
+
+    Raises:
+        UserError: no zstd data, damaged, or cut in the middle of a frame.
+    """
+    entries: list[tuple[int, int]] = []
+    consumed, produced = 0, 0
+    pending = b""
+    while True:
+        if not pending:
+            pending = raw.read(BLOCK)
+            if not pending:
+                break
+        if not entries or produced - entries[-1][1] >= INDEX_STRIDE:
+            entries.append((consumed, produced))
+        frame = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+        try:
+            while not frame.eof:
+                if not pending:
+                    pending = raw.read(BLOCK)
+                    if not pending:
+                        raise UserError(f"corpus file {path} was cut in the middle of a zstd frame: fetch it again")
+                produced += len(frame.decompress(pending))
+                consumed += len(pending) - len(frame.unused_data)
+                pending = frame.unused_data
+        except zstandard.ZstdError as error:
+            raise UserError(f"corpus file {path} is no valid zstd data ({error}): fetch it again") from None
+    if produced == 0:
+        raise UserError(f"corpus file {path} is empty once decompressed: remove it from corpus.source")
+    return tuple(entries), produced
+
+
+def fingerprint_of(path: str, raw: BinaryIO, size: int) -> str:
+    """A digest that changes when the file's content does: of all of it, of samples (large files), or the store's own."""
+    digest = hashlib.sha256(str(size).encode())
+    if not Path(path).is_file():
+        filesystem, inner = fsspec.core.url_to_fs(path)
+        info = filesystem.info(inner)
+        mark = next((info[key] for key in ("ETag", "etag", "blob_id", "sha256", "mtime") if info.get(key)), None)
+        digest.update(str(mark).encode())
+        return digest.hexdigest()
+    if size <= FULL_HASH_BYTES:
+        while block := raw.read(BLOCK):
+            digest.update(block)
+        return digest.hexdigest()
+    for i in range(64):
+        raw.seek(i * (size - BLOCK) // 63)
+        digest.update(raw.read(BLOCK))
+    return digest.hexdigest()

@@ -1,0 +1,163 @@
+"""Which unit of work reads which part of the corpus.
+
+Unit i is a pure function of (corpus, split, tokens per shard, i), never of the number of shards asked for: training units
+cut the corpus into equal ranges from its beginning, held-out units do the same in its held-out last part. The plan is
+stored in the cache (`plan.json`), so that a corpus that changed under it is noticed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.commit import commit_json, read_json
+from pipeline.errors import UserError
+from pipeline.manifest import identity
+from pipeline.schema import HELDOUT_UNIT
+from teacher_dump.corpus import CorpusConfig, Document, describe_corpus, list_files, read_range
+from teacher_dump.corpus_files import SourceFile, fingerprint_of
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One shard's worth of work: positions [start, end) of the concatenated corpus files."""
+
+    unit: int
+    split: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The corpus's layout and how units cut it.
+
+    Attributes:
+        files: layout of every file.
+        stride: positions a unit spans.
+        heldout_from: documents that begin here or later are held out.
+        extent: end of the corpus.
+    """
+
+    files: tuple[SourceFile, ...]
+    stride: int
+    heldout_from: int
+    extent: int
+
+    @property
+    def train_units(self) -> int:
+        return self.heldout_from // self.stride
+
+    @property
+    def heldout_units(self) -> int:
+        return (self.extent - self.heldout_from) // self.stride
+
+    @property
+    def corpus_id(self) -> str:
+        """Identity of the text itself: what the files contain, in order, not where they lie."""
+        return identity({"files": [file.fingerprint for file in self.files]})
+
+    def unit(self, index: int, split: str) -> Unit:
+        """Training unit or held-out unit number `index`.
+
+        Raises:
+            UserError: the corpus has fewer units; names how many.
+        """
+        total = self.train_units if split == "train" else self.heldout_units
+        if index >= total:
+            option = "shards" if split == "train" else "heldout_shards"
+            raise UserError(
+                f"--{option} {index + 1}: the corpus has text for {total} {split} shards of this size "
+                f"({self.stride} {self.files[0].unit} each): ask for fewer, or set tokens_per_shard or "
+                "corpus.range_bytes lower"
+            )
+        start = index * self.stride + (self.heldout_from if split == "heldout" else 0)
+        number = index + (HELDOUT_UNIT if split == "heldout" else 0)
+        return Unit(number, split, start, start + self.stride)
+
+    def documents(self, config: CorpusConfig, unit: Unit) -> Iterator[Document]:
+        """The documents that begin in the unit's range, in order."""
+        return read_range(config, list(self.files), unit.start, unit.end)
+
+    def to_record(self) -> dict[str, Any]:
+        return {
+            "stride": self.stride,
+            "heldout_from": self.heldout_from,
+            "extent": self.extent,
+            "files": [file.to_record() for file in self.files],
+        }
+
+
+def make_plan(config: CorpusConfig, files: list[SourceFile], tokens_per_shard: int) -> Plan:
+    """Cut the corpus into units.
+
+    Raises:
+        UserError: the corpus is too small for a single training unit.
+    """
+    extent = sum(file.extent for file in files)
+    text_bytes = sum(file.text_bytes for file in files)
+    wanted = max(config.range_bytes, math.ceil(tokens_per_shard * config.bytes_per_token))
+    stride = max(1, math.ceil(wanted * extent / text_bytes))  # bytes, or rows of the mean size
+    plan = Plan(tuple(files), stride, extent - math.ceil(extent * config.heldout_fraction), extent)
+    if plan.train_units == 0:
+        raise UserError(
+            f"corpus.source {config.source}: its {text_bytes} bytes of text are less than one shard's {wanted}: set "
+            "corpus.range_bytes or tokens_per_shard lower, or take a larger corpus"
+        )
+    return plan
+
+
+def open_plan(cache: Path, config: CorpusConfig, tokens_per_shard: int, data_root: Path) -> Plan:
+    """The cache's plan, made now if there is none yet (it is stored by `store_plan`).
+
+    A stored plan is checked against the files: an index of a large compressed file is not built twice.
+
+    Raises:
+        UserError: a file changed, vanished or came after the plan was made; names it.
+    """
+    path = cache / PLAN
+    if not path.is_file():
+        return make_plan(config, describe_corpus(config, data_root), tokens_per_shard)
+    record = read_json(path)
+    stored = [SourceFile.from_record(entry) for entry in record["files"]]
+    now = list_files(config, data_root)
+    if len(now) != len(stored):
+        raise UserError(
+            f"corpus.source {config.source} has {len(now)} files, {path} was made with {len(stored)}: a corpus must not "
+            "change under a cache; restore it, or dump into another folder (CACHE=...)"
+        )
+    files = []
+    for place, file in zip(now, stored, strict=True):
+        found = _fingerprint(place)
+        if found != file.fingerprint:
+            raise UserError(
+                f"corpus file {place} changed since {path} was made (fingerprint {found[:12]}, was "
+                f"{file.fingerprint[:12]}): restore it, or dump into another folder (CACHE=...)"
+            )
+        files.append(SourceFile.from_record({**file.to_record(), "path": place}))
+    return make_plan(config, files, tokens_per_shard)
+
+
+def _fingerprint(place: str) -> str:
+    import fsspec
+
+    try:
+        with fsspec.open(place, "rb") as raw:
+            size = raw.seek(0, 2)
+            raw.seek(0)
+            return fingerprint_of(place, raw, size)
+    except FileNotFoundError:
+        raise UserError(
+            f"corpus file {place} is missing: restore it, or dump into another folder (CACHE=...)"
+        ) from None
+
+
+def store_plan(cache: Path, plan: Plan, claim: str) -> None:
+    """Write `plan.json` unless it is there."""
+    if not (cache / PLAN).is_file():
+        commit_json(cache / PLAN, plan.to_record(), claim=claim)

@@ -1,0 +1,150 @@
+"""The settings of a dump: what manifests/dumps/*.yaml and the command line may say."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.errors import UserError
+from pipeline.schema import SCHEMA_MAJOR, CacheSpec
+from pipeline.teacher_folder import TeacherFacts
+from teacher_dump.corpus import CorpusConfig
+from teacher_dump.engine import EngineOptions
+from teacher_dump.rows import CaptureSpec
+
+
+@dataclass(frozen=True)
+class DumpConfig:
+    """A dump: a teacher, a corpus, and what is kept of every position."""
+
+    corpus: CorpusConfig
+    """the text: a file of manifests/corpora, or its fields"""
+    cache: Path
+    """folder the cache is written to; an existing one of the same settings is continued"""
+    teacher: str = "embedded:smollm2-135m"
+    """a hub id, a local Hugging Face folder, or embedded:smollm2-135m"""
+    shards: int = 64
+    """training shards the cache shall have; those that are there are kept"""
+    heldout_shards: int = 1
+    """held-out shards for evaluation, from documents that no training shard contains"""
+    tokens_per_shard: int = 1_048_576
+    """tokens of one shard; a multiple of `length`"""
+    length: int = 2048
+    """T, tokens of one row: the context of teacher and student"""
+    packing: Literal["stream", "document"] = "stream"
+    """stream: documents joined by the separator and cut at T; document: one document a row, padded"""
+    separator: str | None = None
+    """token that joins documents; by default <|endoftext|> where the tokenizer has it, else its end-of-sequence token"""
+    k: int = 64
+    """K, ids and logits kept per position"""
+    taus: tuple[float, ...] = (1.0, 1.2, 1.5, 2.0)
+    """temperatures at which the mass outside the top k is kept; must contain 1"""
+    block: int = 64
+    """b, tokens of a pooling block of the attention maps; 0 leaves the maps out"""
+    groups: int = 6
+    """G, depth groups the layers' attention maps are averaged in"""
+    window: int = 0
+    """w, tokens of a window of pooled hidden states (the paper's Frobenius term needs them); 0 leaves them out"""
+    tail_samples: int = 0
+    """M, ids drawn from outside the top k per position; 0 leaves them out"""
+    seed: int = 0
+    """seed of the tail draws"""
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    """how vLLM runs the teacher"""
+    data: Path = Path("data")
+    """folder of the embedded teacher and corpus"""
+
+    @property
+    def rows_per_shard(self) -> int:
+        return self.tokens_per_shard // self.length
+
+    def check(self, facts: TeacherFacts) -> None:
+        """Refuse settings that cannot work.
+
+        Raises:
+            UserError: names the option, what was found and what is allowed.
+        """
+        for name in ("shards", "k", "length", "tokens_per_shard", "groups"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("heldout_shards", "block", "window", "tail_samples"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
+        if self.k > facts.vocab_size:
+            raise UserError(f"--k {self.k}: the teacher's vocabulary has only {facts.vocab_size} ids")
+        if self.tokens_per_shard % self.length:
+            raise UserError(f"--tokens_per_shard {self.tokens_per_shard}: must be a multiple of --length {self.length}")
+        for name in ("block", "window"):
+            size = getattr(self, name)
+            if size and self.length % size:
+                raise UserError(f"--length {self.length}: must be a multiple of --{name} {size} (or set --{name} 0)")
+        if self.block and self.groups > facts.layers:
+            raise UserError(f"--groups {self.groups}: the teacher has only {facts.layers} layers")
+        if 1.0 not in self.taus or min(self.taus) <= 0 or len(set(self.taus)) != len(self.taus):
+            raise UserError(f"--taus {list(self.taus)}: must be different positive temperatures, 1 among them")
+        if list(self.taus) != sorted(self.taus):
+            raise UserError(f"--taus {list(self.taus)}: must be in ascending order")
+        if self.tail_samples and self.k == facts.vocab_size:
+            raise UserError(f"--tail_samples {self.tail_samples}: with --k {self.k} there is no tail to draw from")
+        if not 0.0 <= self.corpus.heldout_fraction < 1.0:
+            raise UserError(f"--corpus.heldout_fraction {self.corpus.heldout_fraction}: must be in [0, 1)")
+
+    def capture(self) -> CaptureSpec:
+        return CaptureSpec(self.k, self.taus, self.block, self.groups, self.window, self.tail_samples, self.seed)
+
+    def spec(self, facts: TeacherFacts) -> CacheSpec:
+        return CacheSpec(
+            length=self.length,
+            vocab_size=facts.vocab_size,
+            k=self.k,
+            taus=self.taus,
+            block=self.block,
+            groups=self.groups if self.block else 0,
+            window=self.window,
+            width=facts.width,
+            tail_samples=self.tail_samples,
+            packing=self.packing,
+        )
+
+    def compat_fields(self, facts: TeacherFacts, head_dtype: str) -> dict[str, Any]:
+        """What cache, student and checkpoint must share."""
+        return {
+            "teacher": facts.teacher_sha256,
+            "tokenizer": facts.tokenizer_sha256,
+            "vocab_size": facts.vocab_size,
+            "head_dtype": head_dtype,
+            "logit_scale": facts.logit_scale,
+            "soft_cap": facts.soft_cap,
+            "schema_major": SCHEMA_MAJOR,
+        }
+
+    def data_fields(self, facts: TeacherFacts, corpus_id: str, dtype: str, rows_per_step: int) -> dict[str, Any]:
+        """What decides the rows. The corpus's place is not among it, nor the number of shards."""
+        corpus = asdict(self.corpus)
+        for name in ("source", "hub_config", "hub_split", "hub_revision"):
+            del corpus[name]
+        return {
+            "corpus": corpus_id,
+            **{f"corpus.{name}": value for name, value in corpus.items()},
+            "tokens_per_shard": self.tokens_per_shard,
+            "separator_id": facts.separator_id,
+            **self.spec(facts).to_record(),
+            "seed": self.seed if self.tail_samples else 0,
+            "dtype": dtype,
+            "rows_per_step": rows_per_step,
+        }
+
+
+def to_plain(config: DumpConfig) -> dict[str, Any]:
+    """The resolved configuration as JSON values."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    result: dict[str, Any] = plain(asdict(config))
+    return result

@@ -1,0 +1,242 @@
+"""The teacher: where its weights are, what identifies it, and the `teacher/` folder that the student side reads.
+
+The folder is written before the first shard, so that a cache whose dump was cut short is already usable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from pipeline.commit import canonical_json, commit_file, commit_json, file_sha256
+from pipeline.errors import UserError
+from pipeline.teacher_folder import TeacherFacts, TeacherFolder, facts_record
+from teacher_dump.embedded import resolve_embedded
+from teacher_dump.token_bytes import token_bytes
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CONFIG_FILES = ("config.json", "generation_config.json")
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+EMBEDDING = ("model.embed_tokens.weight", "transformer.wte.weight", "model.language_model.embed_tokens.weight")
+FINAL_NORM = ("model.norm.weight", "transformer.ln_f.weight", "model.language_model.norm.weight")
+HEAD = ("lm_head.weight",)
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher found on disk.
+
+    Attributes:
+        name: as the manifest gives it.
+        path: Hugging Face folder with config, tokenizer and safetensors weights.
+        facts: what the student side needs to know.
+    """
+
+    name: str
+    path: Path
+    facts: TeacherFacts
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.path)
+
+
+def locate(name: str, data_root: Path) -> Path:
+    """Folder of a teacher: `embedded:NAME`, a local folder, or a hub id (downloaded by huggingface_hub).
+
+    Raises:
+        UserError: it cannot be found; says what was tried.
+    """
+    if name.startswith("embedded:"):
+        return resolve_embedded(name, data_root)
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(
+            f"teacher {name}: there is no such folder; name a Hugging Face folder, a hub id or embedded:NAME"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises many kinds
+        raise UserError(f"teacher {name}: no such folder, and the hub did not give it ({error})") from None
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The fast tokenizer of a Hugging Face folder, without truncation or padding."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"teacher {folder} has no tokenizer.json: put the tokenizer beside the weights (save_pretrained of a fast "
+            "tokenizer writes it)"
+        )
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def open_teacher(name: str, data_root: Path, separator: str | None) -> Teacher:
+    """Find a teacher and read its facts; weights are hashed, not loaded.
+
+    Args:
+        separator: token that joins documents; None takes the first of `SEPARATORS` that the tokenizer has, else eos.
+
+    Raises:
+        UserError: no config, tokenizer or safetensors weights; or the tokenizer has ids the head does not.
+    """
+    path = locate(name, data_root)
+    if not (path / "config.json").is_file():
+        raise UserError(f"teacher {path} has no config.json: it is no Hugging Face model folder")
+    config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = {**config, **config.get("text_config", {})}
+    tokenizer = load_tokenizer(path)
+    vocab = int(config["vocab_size"])
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if largest >= vocab:
+        raise UserError(
+            f"teacher {path}: tokenizer.json has id {largest}, config.json says vocab_size {vocab}: the tokenizer belongs "
+            "to another model; put the right one there"
+        )
+    weights = weight_files(path)
+    norm_D = find_tensor(weights, FINAL_NORM, path)
+    model_type = str(config.get("model_type", ""))
+    gemma = model_type.startswith("gemma")
+    facts = TeacherFacts(
+        name=name,
+        teacher_sha256=teacher_sha256(path, weights),
+        tokenizer_sha256=file_sha256(path / "tokenizer.json"),
+        vocab_size=vocab,
+        width=int(config["hidden_size"]),
+        layers=int(config["num_hidden_layers"]),
+        heads=int(config["num_attention_heads"]),
+        tied=is_tied(config, weights),
+        norm_eps=float(config.get("rms_norm_eps", config.get("layer_norm_eps", 1e-6))),
+        norm_offset=1.0 if gemma and model_type != "gemma3n" else 0.0,
+        embedding_scale=float(config["hidden_size"]) ** 0.5
+        if gemma
+        else float(config.get("embedding_multiplier", 1.0)),
+        logit_scale=float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0),
+        soft_cap=config.get("final_logit_softcapping"),
+        dtype=DTYPES[norm_D.dtype],
+        separator_id=separator_id(tokenizer, config, separator, path),
+        eos_id=_first(config.get("eos_token_id")),
+        bos_id=_first(config.get("bos_token_id")),
+        pad_id=_first(config.get("pad_token_id")),
+    )
+    return Teacher(name, path, facts)
+
+
+def _first(value: Any) -> int | None:
+    return value[0] if isinstance(value, list) else value
+
+
+def separator_id(tokenizer: Tokenizer, config: dict[str, Any], separator: str | None, path: Path) -> int:
+    """Id of the token that joins documents."""
+    for token in (separator,) if separator else SEPARATORS:
+        found = tokenizer.token_to_id(token)
+        if found is not None:
+            return int(found)
+    eos = _first(config.get("eos_token_id"))
+    if separator or eos is None:
+        raise UserError(f"separator {separator!r}: the tokenizer of {path} has no such token; name one that it has")
+    return int(eos)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model folder."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"teacher {path} has no .safetensors weights: convert the model with save_pretrained")
+    return files
+
+
+def _names(path: Path) -> set[str]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return set(file.keys())
+    except SafetensorError as error:
+        raise UserError(f"teacher weights {path} are damaged ({error}): fetch the file again") from None
+
+
+def find_tensor(files: list[Path], names: tuple[str, ...], path: Path) -> torch.Tensor:
+    """The first of `names` that one of `files` holds."""
+    for file in files:
+        for name in names:
+            if name in _names(file):
+                with safe_open(str(file), framework="pt") as tensors:
+                    return tensors.get_tensor(name)
+    raise UserError(f"teacher {path} has none of the tensors {', '.join(names)}: its architecture is not known here")
+
+
+def is_tied(config: dict[str, Any], files: list[Path]) -> bool:
+    """Whether the LM head is the embedding."""
+    return bool(config.get("tie_word_embeddings", False)) or not any(HEAD[0] in _names(file) for file in files)
+
+
+def teacher_sha256(path: Path, weights: list[Path]) -> str:
+    """Identity of a teacher: weights, config and tokenizer."""
+    parts = {p.name: file_sha256(p) for p in [*weights, path / "config.json", path / "tokenizer.json"]}
+    return hashlib.sha256(canonical_json(parts)).hexdigest()
+
+
+def write_teacher_folder(teacher: Teacher, cache: Path, claim: str) -> TeacherFolder:
+    """Write `cache/teacher/` unless it is complete; teacher.json comes last and makes it visible.
+
+    Raises:
+        UserError: the folder there belongs to another teacher.
+    """
+    folder = cache / "teacher"
+    if (folder / "teacher.json").is_file():
+        found = TeacherFolder(folder)
+        if found.facts.teacher_sha256 != teacher.facts.teacher_sha256:
+            raise UserError(
+                f"{folder} holds teacher {found.facts.name} ({found.facts.teacher_sha256[:12]}), this run has "
+                f"{teacher.name} ({teacher.facts.teacher_sha256[:12]}): dump into another folder (CACHE=...)"
+            )
+        return found
+    files: dict[str, dict[str, Any]] = {}
+    for name in (*CONFIG_FILES, *TOKENIZER_FILES):
+        if (teacher.path / name).is_file():
+            source = teacher.path / name
+            digest = commit_file(folder / name, lambda to, source=source: _copy(source, to), claim=claim)
+            files[name] = {"bytes": digest.bytes, "sha256": digest.sha256}
+    for name, write in (("head.safetensors", _write_head), ("token_bytes.parquet", _write_token_bytes)):
+        digest = commit_file(folder / name, lambda to, write=write: write(teacher, to), claim=claim)
+        files[name] = {"bytes": digest.bytes, "sha256": digest.sha256}
+    commit_json(folder / "teacher.json", facts_record(teacher.facts, files), claim=claim)
+    return TeacherFolder(folder)
+
+
+def _copy(source: Path, to: Path) -> None:
+    shutil.copyfile(source, to)
+
+
+def _write_head(teacher: Teacher, to: Path) -> None:
+    files = weight_files(teacher.path)
+    tensors = {
+        "embedding.weight": find_tensor(files, EMBEDDING, teacher.path),
+        "norm.weight": find_tensor(files, FINAL_NORM, teacher.path),
+    }
+    if not teacher.facts.tied:
+        tensors["lm_head.weight"] = find_tensor(files, HEAD, teacher.path)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(to))
+
+
+def _write_token_bytes(teacher: Teacher, to: Path) -> None:
+    values = token_bytes(teacher.tokenizer(), teacher.facts.vocab_size)
+    table = pa.table({"token_id": pa.array(range(len(values)), pa.int32()), "bytes": pa.array(values, pa.binary())})
+    pq.write_table(table, to, compression="zstd", write_page_checksum=True)
