@@ -17,8 +17,8 @@ SPLITS = ("train", "heldout")
 class Cache:
     """An open cache folder.
 
-    Shards are found by their JSON files, never by Parquet files; the list is taken when `shards` is called, so a dump may
-    still be running beside the reader.
+    Shards are found by their JSON files, never by Parquet files; the list is taken when `shards` is called, so a dump
+    may still be running beside the reader.
 
     Raises:
         UserError: the folder is no cache, or its manifest is damaged or of another major version.

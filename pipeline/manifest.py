@@ -1,7 +1,7 @@
 """`manifest.json`: what a cache is. Created once, exclusively, and never rewritten.
 
-Two identities: `compat_id` must match between cache, student and checkpoint; `data_id` must match for an exact resume and
-between the shards of one cache.
+Two identities: `compat_id` must match between cache, student and checkpoint; `data_id` must match for an exact resume
+and between the shards of one cache.
 """
 
 from __future__ import annotations

@@ -123,8 +123,8 @@ class CacheSpec:
     def write_options(self) -> dict[str, Any]:
         """Keyword arguments for `pyarrow.parquet.ParquetWriter`.
 
-        BYTE_STREAM_SPLIT groups the bytes of equal significance, which zstd then packs well; float16 stays PLAIN because
-        DuckDB refuses it otherwise. Statistics on list columns would cost space and tell nothing.
+        BYTE_STREAM_SPLIT groups the bytes of equal significance, which zstd then packs well; float16 stays PLAIN
+        because DuckDB refuses it otherwise. Statistics on list columns would cost space and tell nothing.
         """
         encodings = {"sequence_id": "PLAIN", "length": "PLAIN", "next_id": "PLAIN", "doc_ids.list.element": "PLAIN"}
         for name in self.shapes():

@@ -1,7 +1,8 @@
 """From shards to batches: row groups become tensors without Python lists, in an order that anyone can recompute.
 
-The order of an epoch is a function of (seed, epoch, the cache's shards) alone: row groups are shuffled, then rows across a
-window of 16 groups. Neither the number of ranks nor of workers enters; a rank takes its rows of every global batch.
+The order of an epoch is a function of (seed, epoch, the cache's shards) alone: row groups are shuffled, then rows
+across a window of 16 groups. Neither the number of ranks nor of workers enters; a rank takes its rows of every global
+batch.
 """
 
 from __future__ import annotations
@@ -116,8 +117,8 @@ def to_batch(columns: Columns, spec: CacheSpec) -> Batch:
 class TrainLoader:
     """Batches of one epoch after another; its state is (epoch, batches done), the same on every rank.
 
-    Several caches take turns in a random order that (seed, epoch) decides; a batch holds rows of one cache. Rows that do
-    not fill the last batch of a cache are left for another epoch's order.
+    Several caches take turns in a random order that (seed, epoch) decides; a batch holds rows of one cache. Rows that
+    do not fill the last batch of a cache are left for another epoch's order.
     """
 
     def __init__(
@@ -204,14 +205,16 @@ class CacheDataModule(LightningDataModule):
             for name, value in first.compat.items():
                 if other.manifest.compat[name] != value:
                     raise UserError(
-                        f"{other.path}: {name} is {other.manifest.compat[name]!r}, in {self.caches[0].path} it is {value!r}: "
+                        f"{other.path}: {name} is {other.manifest.compat[name]!r}, in {self.caches[0].path} it "
+                        f"is {value!r}: "
                         "only caches of one teacher train together"
                     )
         for opened in self.caches:
             rows = sum(record.rows for record in opened.shards("train"))
             if rows < batch_rows:
                 raise UserError(
-                    f"{opened.path} has {rows} training rows, data.batch_rows is {batch_rows}: dump more shards, or set "
+                    f"{opened.path} has {rows} training rows, data.batch_rows is {batch_rows}: dump more "
+                    f"shards, or set "
                     "data.batch_rows lower"
                 )
 

@@ -1,8 +1,8 @@
 """Where documents come from: a corpus is a list of files whose layout is known without reading their text.
 
 A position in a file is a byte offset of the uncompressed text (json lines, text) or a row number (parquet). A document
-belongs to the range in which it *begins*, so ranges that do not overlap never share a document. Readers seek: a range is
-read without what comes before it (a zstd file from the frame that holds it).
+belongs to the range in which it *begins*, so ranges that do not overlap never share a document. Readers seek: a range
+is read without what comes before it (a zstd file from the frame that holds it).
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def _document(config: CorpusConfig, file: SourceFile, position: int, value: Any)
     if not isinstance(value, dict) or not isinstance(value.get(config.text_field), str):
         found = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise UserError(
-            f"{file.path}: the document at position {position} has no text in field {config.text_field!r} (found {found}): "
+            f"{file.path}: the document at position {position} has no text in field {config.text_field!r} "
+            f"(found {found}): "
             "name the right one with corpus.text_field"
         )
     name = value.get(config.id_field)
@@ -150,6 +151,7 @@ def _decode(file: SourceFile, position: int, value: bytes) -> str:
         return value.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{file.path}: byte {position + error.start} is not UTF-8 (0x{value[error.start]:02x}): convert the file, for "
+            f"{file.path}: byte {position + error.start} is not UTF-8 (0x{value[error.start]:02x}): convert the "
+            f"file, for "
             "example with iconv"
         ) from None

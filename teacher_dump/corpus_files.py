@@ -257,7 +257,8 @@ def index_frames(raw: BinaryIO, path: str) -> tuple[tuple[tuple[int, int], ...],
 
 
 def fingerprint_of(path: str, raw: BinaryIO, size: int) -> str:
-    """A digest that changes when the file's content does: of all of it, of samples (large files), or the store's own."""
+    """A digest that changes with the file: of all of it, of samples (large files), or the
+    store's own."""
     digest = hashlib.sha256(str(size).encode())
     if not Path(path).is_file():
         filesystem, inner = fsspec.core.url_to_fs(path)

@@ -222,7 +222,8 @@ def counted(rows: Iterable[CapturedRow], unit: Unit, progress: DumpProgress | No
         yield row
     if row is None:
         raise UserError(
-            f"{unit_name(unit.unit)}: its part of the corpus (positions {unit.start} to {unit.end}) does not fill one row: "
+            f"{unit_name(unit.unit)}: its part of the corpus (positions {unit.start} to {unit.end}) does not "
+            f"fill one row: "
             "raise corpus.range_bytes or lower --length"
         )
 

@@ -1,8 +1,8 @@
 """Which unit of work reads which part of the corpus.
 
-Unit i is a pure function of (corpus, split, tokens per shard, i), never of the number of shards asked for: training units
-cut the corpus into equal ranges from its beginning, held-out units do the same in its held-out last part. The plan is
-stored in the cache (`plan.json`), so that a corpus that changed under it is noticed.
+Unit i is a pure function of (corpus, split, tokens per shard, i), never of the number of shards asked for: training
+units cut the corpus into equal ranges from its beginning, held-out units do the same in its held-out last part. The
+plan is stored in the cache (`plan.json`), so that a corpus that changed under it is noticed.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def open_plan(cache: Path, config: CorpusConfig, tokens_per_shard: int, data_roo
     now = list_files(config, data_root)
     if len(now) != len(stored):
         raise UserError(
-            f"corpus.source {config.source} has {len(now)} files, {path} was made with {len(stored)}: a corpus must not "
+            f"corpus.source {config.source} has {len(now)} files, {path} was made with {len(stored)}: a corpus "
+            f"must not "
             "change under a cache; restore it, or dump into another folder (CACHE=...)"
         )
     files = []

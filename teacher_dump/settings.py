@@ -35,7 +35,8 @@ class DumpConfig:
     packing: Literal["stream", "document"] = "stream"
     """stream: documents joined by the separator and cut at T; document: one document a row, padded"""
     separator: str | None = None
-    """token that joins documents; by default <|endoftext|> where the tokenizer has it, else its end-of-sequence token"""
+    """token that joins documents; by default <|endoftext|> where the tokenizer has it, else its
+    end-of-sequence token"""
     k: int = 64
     """K, ids and logits kept per position"""
     taus: tuple[float, ...] = (1.0, 1.2, 1.5, 2.0)

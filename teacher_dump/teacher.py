@@ -108,7 +108,8 @@ def open_teacher(name: str, data_root: Path, separator: str | None) -> Teacher:
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     if largest >= vocab:
         raise UserError(
-            f"teacher {path}: tokenizer.json has id {largest}, config.json says vocab_size {vocab}: the tokenizer belongs "
+            f"teacher {path}: tokenizer.json has id {largest}, config.json says vocab_size {vocab}: the "
+            f"tokenizer belongs "
             "to another model; put the right one there"
         )
     weights = weight_files(path)

@@ -22,7 +22,8 @@ def byte_level_alphabet() -> dict[str, int]:
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
     """Bytes of ids 0 .. vocab_size - 1. Special tokens and ids that no token has stand for no text: b"".
 
-    Byte-level vocabularies (GPT-2's alphabet) and sentence-piece ones (U+2581 for a space, <0xNN> for a byte) are known.
+    Byte-level vocabularies (GPT-2's alphabet) and sentence-piece ones (U+2581 for a space, <0xNN> for a byte) are
+    known.
     """
     state = json.loads(tokenizer.to_str())
     byte_level = "ByteLevel" in json.dumps([state.get("decoder"), state.get("pre_tokenizer")])
