@@ -25,7 +25,7 @@ from teacher_dump.packing import PackingCount, pack
 from teacher_dump.plan import Plan, Unit, open_plan, store_plan
 from teacher_dump.progress import DumpProgress
 from teacher_dump.rows import CapturedRow, PackedRow
-from teacher_dump.settings import DumpConfig, to_plain
+from teacher_dump.settings import DumpConfig, resolve_engine, to_plain
 from teacher_dump.teacher import Teacher, open_teacher, write_teacher_folder
 
 WAIT_SECONDS = 5.0
@@ -84,6 +84,7 @@ def run_dump(config: DumpConfig) -> DumpResult:
                     if engine is None:
                         progress.say(f"loading teacher {work.teacher.name} in vLLM")
                         engine = start_engine(work)
+                        progress.start_clock()
                     progress.shard_done(dump_unit(work, engine, unit, claim, progress))
                     written += 1
             if held_elsewhere:
@@ -104,15 +105,14 @@ def prepare(config: DumpConfig) -> Work:
     """Check everything that can be checked without the engine, and write teacher folder, plan and manifest."""
     teacher = open_teacher(config.teacher, config.data, config.separator)
     config.check(teacher.facts)
-    config = replace(config, engine=config.engine.resolved(config.length, teacher.facts.dtype))
+    config = replace(config, engine=resolve_engine(config.engine, config.length, teacher.facts.dtype))
     cache = config.cache
     cache.mkdir(parents=True, exist_ok=True)
     plan = open_plan(cache, config.corpus, config.tokens_per_shard, config.data)
     spec = config.spec(teacher.facts)
-    dtype, head_dtype = config.engine.dtype, config.engine.head_dtype
     manifest = Manifest(
-        compat=config.compat_fields(teacher.facts, head_dtype),
-        data=config.data_fields(teacher.facts, plan.corpus_id, dtype, config.engine.rows_per_step),
+        compat=config.compat_fields(teacher.facts),
+        data=config.data_fields(teacher.facts, plan.corpus_id),
         spec=spec,
         settings=to_plain(config),
         teacher_path=os.path.abspath(teacher.path),

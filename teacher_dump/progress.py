@@ -37,6 +37,12 @@ class DumpProgress:
             self.bar.set_postfix_str(f"{self.bytes / self.finished_tokens:.0f} B/tok", refresh=False)
         self.bar.refresh()
 
+    def start_clock(self) -> None:
+        """Loading is over: rates count from now."""
+        self.started = time.monotonic()
+        self.bar.unpause()
+        self.bar.start_t = self.bar.last_print_t
+
     def add_tokens(self, count: int) -> None:
         self.tokens += count
         self.bar.update(count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,8 +108,9 @@ class DumpConfig:
             packing=self.packing,
         )
 
-    def compat_fields(self, facts: TeacherFacts, head_dtype: str) -> dict[str, Any]:
-        """What cache, student and checkpoint must share."""
+    def compat_fields(self, facts: TeacherFacts) -> dict[str, Any]:
+        """What cache, student and checkpoint must share; the engine's options are resolved ones."""
+        head_dtype = self.engine.dtype if self.engine.head_dtype == "auto" else self.engine.head_dtype
         return {
             "teacher": facts.teacher_sha256,
             "tokenizer": facts.tokenizer_sha256,
@@ -120,7 +121,7 @@ class DumpConfig:
             "schema_major": SCHEMA_MAJOR,
         }
 
-    def data_fields(self, facts: TeacherFacts, corpus_id: str, dtype: str, rows_per_step: int) -> dict[str, Any]:
+    def data_fields(self, facts: TeacherFacts, corpus_id: str) -> dict[str, Any]:
         """What decides the rows. The corpus's place is not among it, nor the number of shards."""
         corpus = asdict(self.corpus)
         for name in ("source", "hub_config", "hub_split", "hub_revision"):
@@ -132,9 +133,28 @@ class DumpConfig:
             "separator_id": facts.separator_id,
             **self.spec(facts).to_record(),
             "seed": self.seed if self.tail_samples else 0,
-            "dtype": dtype,
-            "rows_per_step": rows_per_step,
+            "dtype": self.engine.dtype,
+            "rows_per_step": self.engine.rows_per_step,
         }
+
+
+STEP_TOKENS = {"cpu": 2048, "cuda": 16_384}
+"""Tokens of an engine step where `rows_per_step` leaves the choice: enough to fill the device's matrix units."""
+
+
+def resolve_engine(options: EngineOptions, length: int, stored: str) -> EngineOptions:
+    """Replace what is left to choose by what it comes to here, so that identities say it.
+
+    Args:
+        length: T.
+        stored: dtype of the teacher's weights on disk.
+    """
+    import torch
+
+    tokens = STEP_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
+    dtype = options.dtype if options.dtype != "auto" else ("bfloat16" if stored == "float32" else stored)
+    rows = options.rows_per_step or max(1, tokens // length)
+    return replace(options, dtype=dtype, rows_per_step=rows)  # type: ignore[arg-type]
 
 
 def to_plain(config: DumpConfig) -> dict[str, Any]:
