@@ -36,8 +36,12 @@ class FileDigest:
 
 def new_claim_id() -> str:
     """An id for one writer: host, process and a random part, safe in file names."""
-    host = "".join(c if c.isalnum() else "-" for c in socket.gethostname())[:32]
-    return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
+    return f"{host_name()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def host_name() -> str:
+    """This machine's name as ids carry it."""
+    return "".join(c if c.isalnum() else "-" for c in socket.gethostname())[:32]
 
 
 def temporary_path(final: Path, claim: str) -> Path:
@@ -155,11 +159,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        intact = isinstance(record, dict) and record.get("digest") == json_digest(record)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:  # also NaN and broken UTF-8, which no digest can be taken over
         raise UserError(f"{path} is not valid JSON ({error}): it was damaged; restore it from a copy") from None
-    if not isinstance(record, dict) or record.get("digest") != json_digest(record):
+    if not intact:
         raise UserError(f"{path} does not match the digest at its end: it was damaged or edited; restore it")
     del record["digest"]
     return record

@@ -13,6 +13,11 @@ class UserError(Exception):
     """
 
 
+def one_line(error: object) -> str:
+    """A library's complaint without its line breaks, to stand within a sentence."""
+    return " ".join(str(error).split())
+
+
 def run_command(command: Callable[[], int | None]) -> int:
     """Run a command line's body; turn `UserError`, a full disk and Ctrl-C into one sentence and an exit status.
 

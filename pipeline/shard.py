@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.commit import commit_file, commit_json, file_sha256, read_json
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.schema import CacheSpec, unit_name
 
 Columns = dict[str, Any]
@@ -144,8 +143,11 @@ def read_record(path: Path) -> ShardRecord:
     if missing:
         raise UserError(f"{path} lacks the fields {sorted(missing)}: it was not written by this version; dump it again")
     name = record["file"]
-    if name != os.path.basename(name) or name != f"{unit_name(record['unit'])}.parquet":
-        raise UserError(f"{path} names the file {name!r}, which is not the shard beside it: do not trust this cache")
+    if path.stem != unit_name(record["unit"]) or name != f"{path.stem}.parquet":
+        raise UserError(
+            f"{path} is the record of {unit_name(record['unit'])} and names the file {name!r}: it was renamed or "
+            "copied; remove it and dump the shard again"
+        )
     return ShardRecord(**{k: v for k, v in record.items() if k in known})
 
 
@@ -209,10 +211,12 @@ class ShardFile:
                 self._file.read_row_group(group, columns=[name], use_threads=False)
             except (OSError, pa.ArrowException):
                 return DamagedShard(
-                    f"{self.path}: row group {group}, column {name} does not match its page checksums ({error}): run "
-                    "`make verify`, then dump the shard again"
+                    f"{self.path}: row group {group}, column {name} does not match its page checksums "
+                    f"({one_line(error)}): run `make verify`, then dump the shard again"
                 )
-        return DamagedShard(f"{self.path}: row group {group} could not be read ({error}): dump the shard again")
+        return DamagedShard(
+            f"{self.path}: row group {group} could not be read ({one_line(error)}): dump the shard again"
+        )
 
     def close(self) -> None:
         self._file.close()

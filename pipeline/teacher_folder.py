@@ -14,14 +14,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 from safetensors import safe_open
-from torch import Tensor
 
 from pipeline.commit import read_json
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:  # inspection and verification start fast without torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -68,24 +70,33 @@ class TeacherFolder:
         self.facts = TeacherFacts(**{k: v for k, v in record["facts"].items() if k in known})
         self.files: dict[str, dict[str, Any]] = record["files"]
 
+    def _whole(self, name: str) -> Path:
+        """The path of a file that `teacher.json` lists; its digest is looked at by `verify`, its size here."""
+        path, wanted = self.path / name, self.files[name]["bytes"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != wanted:
+            found = "is missing" if size is None else f"has {size} bytes, teacher.json says {wanted}"
+            raise UserError(f"{path} {found}: restore it, or remove {self.path} and run the dump again")
+        return path
+
     def tensors(self) -> dict[str, Tensor]:
         """`embedding_VD`, `head_VD` (the same tensor where tied), `norm_D`, trimmed to V rows, in the stored dtype."""
         vocab = self.facts.vocab_size
-        with safe_open(str(self.path / "head.safetensors"), framework="pt") as file:
+        with safe_open(str(self._whole("head.safetensors")), framework="pt") as file:
             embedding_VD = file.get_tensor("embedding.weight")[:vocab]
             head_VD = embedding_VD if self.facts.tied else file.get_tensor("lm_head.weight")[:vocab]
             return {"embedding_VD": embedding_VD, "head_VD": head_VD, "norm_D": file.get_tensor("norm.weight")}
 
     def token_bytes(self) -> list[bytes]:
         """The bytes of token ids 0..V-1, in order; special tokens stand for no text and have b""."""
-        table = pq.read_table(self.path / "token_bytes.parquet", page_checksum_verification=True)
+        table = pq.read_table(self._whole("token_bytes.parquet"), page_checksum_verification=True)
         return [value if value is not None else b"" for value in table.column("bytes").to_pylist()]
 
     def config(self) -> dict[str, Any]:
         """The teacher's Hugging Face configuration as a dictionary."""
         import json
 
-        return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        return json.loads(self._whole("config.json").read_text(encoding="utf-8"))
 
 
 def facts_record(facts: TeacherFacts, files: dict[str, dict[str, Any]]) -> dict[str, Any]:

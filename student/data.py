@@ -21,7 +21,7 @@ from pipeline.cache import Cache
 from pipeline.errors import UserError
 from pipeline.prefetch import ahead
 from pipeline.schema import CacheSpec
-from pipeline.shard import Columns, ShardRecord
+from pipeline.shard import Columns, DamagedShard, ShardRecord
 from pipeline.teacher_folder import TeacherFolder
 from student.batch import IGNORE, Batch
 
@@ -73,6 +73,11 @@ class GroupReader:
         ref = self.groups[index]
         columns = ["sequence_id", "length", "next_id", *self.cache.spec.shapes()]
         with self.cache.open(ref.record) as shard:
+            if shard.group_rows[ref.group : ref.group + 1] != [ref.rows]:
+                raise DamagedShard(
+                    f"{shard.path}: its row groups hold {shard.group_rows} rows, not {ref.rows} at number {ref.group}: "
+                    "another version wrote it; dump the cache again"
+                )
             values = shard.read_group(ref.group, [c for c in columns if not c.startswith("tail_")])
         self._decoded[index] = values
         while len(self._decoded) > self.keep:
@@ -81,9 +86,11 @@ class GroupReader:
 
     def batch(self, pairs: list[tuple[int, int]]) -> Batch:
         """Rows as one batch."""
+        # A batch across two windows may need more groups than are kept: each is decoded once all the same.
+        decoded = {index: self.group(index) for index in dict.fromkeys(group for group, _ in pairs)}
         columns: Columns = {}
-        for name in self.group(pairs[0][0]):
-            columns[name] = np.stack([self.group(group)[name][row] for group, row in pairs])
+        for name in decoded[pairs[0][0]]:
+            columns[name] = np.stack([decoded[group][name][row] for group, row in pairs])
         return to_batch(columns, self.cache.spec)
 
 
@@ -198,16 +205,23 @@ class CacheDataModule(LightningDataModule):
     def __init__(self, cache: str | list[str], batch_rows: int = 32, seed: int = 0, window_groups: int = 16) -> None:
         super().__init__()
         paths = [cache] if isinstance(cache, str) else list(cache)
+        if not paths:
+            raise UserError("--data.cache is empty: name a cache folder")
+        for name, value in (("batch_rows", batch_rows), ("window_groups", window_groups)):
+            if value < 1:
+                raise UserError(f"--data.{name} {value}: must be at least 1")
+        if seed < 0:
+            raise UserError(f"--data.seed {seed}: must not be negative")
         self.caches = [Cache(Path(path)) for path in paths]
         self.batch_rows, self.seed, self.window_groups = batch_rows, seed, window_groups
-        first = self.caches[0].manifest
+        first = self.caches[0]
         for other in self.caches[1:]:
-            for name, value in first.compat.items():
-                if other.manifest.compat[name] != value:
+            for name in sorted(first.manifest.compat.keys() | other.manifest.compat.keys()):
+                here, there = first.manifest.compat.get(name), other.manifest.compat.get(name)
+                if here != there:
                     raise UserError(
-                        f"{other.path}: {name} is {other.manifest.compat[name]!r}, in {self.caches[0].path} it "
-                        f"is {value!r}: "
-                        "only caches of one teacher train together"
+                        f"{other.path}: {name} is {there!r}, in {first.path} it is {here!r}: only caches of one "
+                        "teacher train together"
                     )
         for opened in self.caches:
             rows = sum(record.rows for record in opened.shards("train"))
@@ -240,7 +254,10 @@ class CacheDataModule(LightningDataModule):
 
     @property
     def taus(self) -> tuple[float, ...]:
-        return self.specs[0].taus
+        """Temperatures, from the lowest to the highest that every cache's tails cover."""
+        low = max(min(spec.taus) for spec in self.specs)
+        high = min(max(spec.taus) for spec in self.specs)
+        return tuple(sorted({tau for spec in self.specs for tau in spec.taus if low <= tau <= high}))
 
     @property
     def has_hidden(self) -> bool:
@@ -252,7 +269,8 @@ class CacheDataModule(LightningDataModule):
 
     @property
     def pool_block(self) -> int:
-        return self.specs[0].block
+        """b of the first cache; 0 if any cache has no maps."""
+        return self.specs[0].block if all(spec.block > 0 for spec in self.specs) else 0
 
     @property
     def groups(self) -> int:

@@ -25,11 +25,15 @@ class ShardStatistics:
         log_p_LK = row.topk_logits_LK - row.lse_L[:, None]
         log_r_L = row.log_tail_LR[:, tau_one] - row.lse_L
         p_LK, r_L = np.exp(log_p_LK), np.exp(log_r_L)
-        tail_term_L = np.where(r_L > 0, r_L * np.where(np.isfinite(log_r_L), log_r_L, 0.0), 0.0)
         self.rows += 1
         self.tokens += row.packed.length
-        self.entropy += float(-(p_LK * log_p_LK).sum() - tail_term_L.sum())
+        self.entropy -= float(_p_log_p(p_LK, log_p_LK).sum() + _p_log_p(r_L, log_r_L).sum())
         self.tail_mass += float(r_L.sum())
+
+
+def _p_log_p(p: np.ndarray, log_p: np.ndarray) -> np.ndarray:
+    """p log p, with its limit 0 where p is 0 (a tail that is empty, a masked logit of -inf)."""
+    return p * np.where(p > 0, log_p, 0.0)
 
 
 def _padded(values: list[np.ndarray], length: int, fill: float, dtype: np.dtype) -> np.ndarray:
@@ -66,9 +70,9 @@ def to_columns(spec: CacheSpec, unit: int, rows: list[CapturedRow]) -> Columns:
         "log_tail": numbers([row.log_tail_LR for row in rows]),
     }
     if spec.block:
-        columns["attn_map"] = np.stack([row.attn_map_Gnn for row in rows]).astype(np.float16)  # type: ignore[arg-type]
+        columns["attn_map"] = np.stack([row.attn_map_Gnn for row in rows]).astype(np.float16)  # type: ignore[arg-type, misc]
     if spec.window:
-        columns["hidden"] = np.stack([row.hidden_WD for row in rows]).astype(np.float32)  # type: ignore[arg-type]
+        columns["hidden"] = np.stack([row.hidden_WD for row in rows]).astype(np.float32)  # type: ignore[arg-type, misc]
     if spec.tail_samples:
         columns["tail_ids"] = ids([row.tail_ids_LM for row in rows])  # type: ignore[misc]
         columns["tail_logits"] = numbers([row.tail_logits_LM for row in rows])  # type: ignore[misc]

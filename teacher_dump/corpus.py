@@ -16,7 +16,7 @@ from typing import Any
 
 import fsspec
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from teacher_dump.corpus_files import SourceFile, describe_file, kind_of
 from teacher_dump.embedded import resolve_embedded
 
@@ -88,7 +88,9 @@ def _hub_files(config: CorpusConfig) -> list[str]:
     try:
         builder = datasets.load_dataset_builder(name, config.hub_config, revision=config.hub_revision)
     except Exception as error:  # the hub's client raises many kinds
-        raise UserError(f"corpus.source {config.source}: the data set could not be opened ({error})") from None
+        raise UserError(
+            f"corpus.source {config.source}: the data set could not be opened ({one_line(error)})"
+        ) from None
     resolved = builder.config.data_files or {}
     if config.hub_split not in resolved:
         known = ", ".join(map(str, resolved)) or "none"
@@ -143,15 +145,24 @@ def _document(config: CorpusConfig, file: SourceFile, position: int, value: Any)
             "name the right one with corpus.text_field"
         )
     name = value.get(config.id_field)
-    return Document(where if name is None else str(name), value[config.text_field])
+    document = Document(where if name is None else str(name), value[config.text_field])
+    try:
+        document.id.encode(), document.text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{file.path}: the document at position {position} holds half a surrogate pair "
+            f"(\\u{ord(error.object[error.start]):04x}), which is no character: mend or remove it"
+        ) from None
+    return document
 
 
 def _decode(file: SourceFile, position: int, value: bytes) -> str:
     try:
-        return value.decode("utf-8")
+        text = value.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{file.path}: byte {position + error.start} is not UTF-8 (0x{value[error.start]:02x}): convert the "
             f"file, for "
             "example with iconv"
         ) from None
+    return text.removeprefix("\ufeff") if position == 0 else text  # the mark some editors begin a file with

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,12 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 
 FULL_HASH_BYTES = 256 << 20
 """Local files up to this size are hashed whole; of larger ones, 64 blocks spread over the file."""
 BLOCK = 1 << 20
 INDEX_STRIDE = 1 << 20
+BLANK_BYTES = 1024
+"""A line of white space shorter than this is blank: how far back one must look to see whether a paragraph begins."""
 ENDINGS = {
     ".parquet": "parquet",
     ".jsonl.zst": "jsonl.zst",
@@ -82,8 +85,8 @@ class SourceFile:
                     yield start, line
 
     def _seek(self, raw: BinaryIO, low: int) -> tuple[BinaryIO, int]:
-        """A stream that begins a few bytes before `low`: enough to see whether a line or paragraph begins at `low`."""
-        before = max(low - 4, 0)
+        """A stream that begins shortly before `low`: enough to see whether a line or paragraph begins at `low`."""
+        before = max(low - (BLANK_BYTES + 1 if self.kind == "text" else 1), 0)
         if self.kind == "jsonl.zst":
             compressed, position = max(entry for entry in self.index if entry[1] <= before)
             raw.seek(compressed)
@@ -95,14 +98,15 @@ class SourceFile:
 
     def _read_rows(self, low: int, high: int, text: str, name: str, limit: int) -> Iterator[tuple[int, Any]]:
         with _open(self.path) as raw:
-            file = pq.ParquetFile(raw)
+            file = _parquet(self.path, lambda: pq.ParquetFile(raw))
             columns = [c for c in (text, name) if c in file.schema_arrow.names]
             for group, (_, first) in enumerate(self.index):
                 rows = file.metadata.row_group(group).num_rows
                 if first + rows <= low or first >= high:
                     continue
                 position = first
-                for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=columns):
+                batches = file.iter_batches(batch_size=256, row_groups=[group], columns=columns)
+                while (batch := _parquet(self.path, partial(next, batches, None))) is not None:
                     for value in batch.to_pylist():
                         if low <= position < high:
                             content = value.get(text)
@@ -147,11 +151,11 @@ def _lines(stream: BinaryIO, position: int, limit: int, path: str) -> Iterator[t
 
 
 def _paragraphs(stream: BinaryIO, position: int, limit: int, path: str) -> Iterator[tuple[int, bytes]]:
-    """(offset, text) of runs of non-blank lines; a run that began before `position` is passed over."""
+    """(offset, text) of runs of non-blank lines; a run that may have begun before `position` is passed over."""
     begun, parts, held = position, list[bytes](), 0
     inside = position > 0  # until a blank line is seen, we may be within a paragraph of the range before
     for start, line in _lines(stream, position, limit, path):
-        if line.strip():
+        if line.strip() or len(line) >= BLANK_BYTES:
             if not inside:
                 if not parts:
                     begun, held = start, 0
@@ -203,10 +207,7 @@ def describe_file(path: str, text_field: str) -> SourceFile:
 
 
 def _describe_parquet(path: str, raw: Any, fingerprint: str, text_field: str) -> SourceFile:
-    try:
-        metadata = pq.read_metadata(raw)
-    except pa.ArrowException as error:
-        raise UserError(f"corpus file {path} is no readable parquet file ({error}): fetch it again") from None
+    metadata = _parquet(path, lambda: pq.read_metadata(raw))
     names = metadata.schema.to_arrow_schema().names
     if text_field not in names:
         raise UserError(f"corpus file {path} has no column {text_field!r} (found {names}): set corpus.text_field")
@@ -221,6 +222,14 @@ def _describe_parquet(path: str, raw: Any, fingerprint: str, text_field: str) ->
             if meta.column(column).path_in_schema == text_field:
                 text_bytes += meta.column(column).total_uncompressed_size
     return SourceFile(path, "parquet", first, max(text_bytes, 1), fingerprint, tuple(starts))
+
+
+def _parquet(path: str, read: Callable[[], Any]) -> Any:
+    """What `read` returns; Arrow's complaints name the file."""
+    try:
+        return read()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"corpus file {path} is no readable parquet file ({one_line(error)}): fetch it again") from None
 
 
 def index_frames(raw: BinaryIO, path: str) -> tuple[tuple[tuple[int, int], ...], int]:

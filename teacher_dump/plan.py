@@ -71,10 +71,11 @@ class Plan:
         total = self.train_units if split == "train" else self.heldout_units
         if index >= total:
             option = "shards" if split == "train" else "heldout_shards"
+            share = "" if split == "train" else ", or corpus.heldout_fraction higher"
             raise UserError(
                 f"--{option} {index + 1}: the corpus has text for {total} {split} shards of this size "
                 f"({self.stride} {self.files[0].unit} each): ask for fewer, or set tokens_per_shard or "
-                "corpus.range_bytes lower"
+                f"corpus.range_bytes lower{share}"
             )
         start = index * self.stride + (self.heldout_from if split == "heldout" else 0)
         number = index + (HELDOUT_UNIT if split == "heldout" else 0)
@@ -127,10 +128,12 @@ def open_plan(cache: Path, config: CorpusConfig, tokens_per_shard: int, data_roo
     stored = [SourceFile.from_record(entry) for entry in record["files"]]
     now = list_files(config, data_root)
     if len(now) != len(stored):
+        then, here = {_base(file.path) for file in stored}, {_base(place) for place in now}
+        moved = [f"{name} is gone" for name in sorted(then - here)] + [f"{name} is new" for name in sorted(here - then)]
         raise UserError(
-            f"corpus.source {config.source} has {len(now)} files, {path} was made with {len(stored)}: a corpus "
-            f"must not "
-            "change under a cache; restore it, or dump into another folder (CACHE=...)"
+            f"corpus.source {config.source} has {len(now)} files, {path} was made with {len(stored)}"
+            f"{' (' + ', '.join(moved[:5]) + ')' if moved else ''}: a corpus must not change under a cache; restore "
+            "it, or dump into another folder (CACHE=...)"
         )
     files = []
     for place, file in zip(now, stored, strict=True):
@@ -142,6 +145,10 @@ def open_plan(cache: Path, config: CorpusConfig, tokens_per_shard: int, data_roo
             )
         files.append(SourceFile.from_record({**file.to_record(), "path": place}))
     return make_plan(config, files, tokens_per_shard)
+
+
+def _base(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
 
 
 def _fingerprint(place: str) -> str:

@@ -40,8 +40,9 @@ class DumpProgress:
     def start_clock(self) -> None:
         """Loading is over: rates count from now."""
         self.started = time.monotonic()
-        self.bar.unpause()
-        self.bar.start_t = self.bar.last_print_t
+        if not self.bar.disable:  # a bar that is off has no clock
+            self.bar.unpause()
+            self.bar.start_t = self.bar.last_print_t
 
     def add_tokens(self, count: int) -> None:
         self.tokens += count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -82,7 +83,8 @@ class DumpConfig:
                 raise UserError(f"--length {self.length}: must be a multiple of --{name} {size} (or set --{name} 0)")
         if self.block and self.groups > facts.layers:
             raise UserError(f"--groups {self.groups}: the teacher has only {facts.layers} layers")
-        if 1.0 not in self.taus or min(self.taus) <= 0 or len(set(self.taus)) != len(self.taus):
+        usable = all(0 < tau < math.inf for tau in self.taus) and len(set(self.taus)) == len(self.taus)
+        if 1.0 not in self.taus or not usable:
             raise UserError(f"--taus {list(self.taus)}: must be different positive temperatures, 1 among them")
         if list(self.taus) != sorted(self.taus):
             raise UserError(f"--taus {list(self.taus)}: must be in ascending order")
@@ -90,6 +92,11 @@ class DumpConfig:
             raise UserError(f"--tail_samples {self.tail_samples}: with --k {self.k} there is no tail to draw from")
         if not 0.0 <= self.corpus.heldout_fraction < 1.0:
             raise UserError(f"--corpus.heldout_fraction {self.corpus.heldout_fraction}: must be in [0, 1)")
+        if not 0.0 < self.corpus.bytes_per_token < math.inf:
+            raise UserError(f"--corpus.bytes_per_token {self.corpus.bytes_per_token}: must be a positive number")
+        for name in ("range_bytes", "max_document_bytes"):
+            if getattr(self.corpus, name) < 1:
+                raise UserError(f"--corpus.{name} {getattr(self.corpus, name)}: must be at least 1")
 
     def capture(self) -> CaptureSpec:
         return CaptureSpec(self.k, self.taus, self.block, self.groups, self.window, self.tail_samples, self.seed)
@@ -122,9 +129,10 @@ class DumpConfig:
         }
 
     def data_fields(self, facts: TeacherFacts, corpus_id: str) -> dict[str, Any]:
-        """What decides the rows. The corpus's place is not among it, nor the number of shards."""
+        """What decides the rows. The corpus's place is not among it, nor the number of shards, nor the document length
+        at which a dump stops: raising that goes on with the same cache."""
         corpus = asdict(self.corpus)
-        for name in ("source", "hub_config", "hub_split", "hub_revision"):
+        for name in ("source", "hub_config", "hub_split", "hub_revision", "max_document_bytes"):
             del corpus[name]
         return {
             "corpus": corpus_id,

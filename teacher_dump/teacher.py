@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from pipeline.commit import canonical_json, commit_file, commit_json, file_sha256
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.teacher_folder import TeacherFacts, TeacherFolder, facts_record
 from teacher_dump.embedded import resolve_embedded
 from teacher_dump.token_bytes import token_bytes
@@ -31,6 +32,7 @@ SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 EMBEDDING = ("model.embed_tokens.weight", "transformer.wte.weight", "model.language_model.embed_tokens.weight")
 FINAL_NORM = ("model.norm.weight", "transformer.ln_f.weight", "model.language_model.norm.weight")
 HEAD = ("lm_head.weight",)
+REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -72,7 +74,7 @@ def locate(name: str, data_root: Path) -> Path:
         patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds
-        raise UserError(f"teacher {name}: no such folder, and the hub did not give it ({error})") from None
+        raise UserError(f"teacher {name}: no such folder, and the hub did not give it ({one_line(error)})") from None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -83,7 +85,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"teacher {folder} has no tokenizer.json: put the tokenizer beside the weights (save_pretrained of a fast "
             "tokenizer writes it)"
         )
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise UserError(f"teacher tokenizer {path} is damaged ({one_line(error)}): fetch the file again") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -101,8 +106,7 @@ def open_teacher(name: str, data_root: Path, separator: str | None) -> Teacher:
     path = locate(name, data_root)
     if not (path / "config.json").is_file():
         raise UserError(f"teacher {path} has no config.json: it is no Hugging Face model folder")
-    config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    config = {**config, **config.get("text_config", {})}
+    config = read_config(path / "config.json")
     tokenizer = load_tokenizer(path)
     vocab = int(config["vocab_size"])
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
@@ -139,6 +143,19 @@ def open_teacher(name: str, data_root: Path, separator: str | None) -> Teacher:
         pad_id=_first(config.get("pad_token_id")),
     )
     return Teacher(name, path, facts)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A model's `config.json`; of a model with several parts, the language model's."""
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"teacher {path} is not valid JSON ({error}): fetch the file again") from None
+    config = {**config, **(config.get("text_config") or {})}
+    missing = [name for name in REQUIRED if name not in config]
+    if missing:
+        raise UserError(f"teacher {path} lacks {', '.join(missing)}: it is no causal language model's configuration")
+    return config
 
 
 def _first(value: Any) -> int | None:
@@ -213,10 +230,10 @@ def write_teacher_folder(teacher: Teacher, cache: Path, claim: str) -> TeacherFo
     for name in (*CONFIG_FILES, *TOKENIZER_FILES):
         if (teacher.path / name).is_file():
             source = teacher.path / name
-            digest = commit_file(folder / name, lambda to, source=source: _copy(source, to), claim=claim)
+            digest = commit_file(folder / name, partial(_copy, source), claim=claim)
             files[name] = {"bytes": digest.bytes, "sha256": digest.sha256}
     for name, write in (("head.safetensors", _write_head), ("token_bytes.parquet", _write_token_bytes)):
-        digest = commit_file(folder / name, lambda to, write=write: write(teacher, to), claim=claim)
+        digest = commit_file(folder / name, partial(write, teacher), claim=claim)
         files[name] = {"bytes": digest.bytes, "sha256": digest.sha256}
     commit_json(folder / "teacher.json", facts_record(teacher.facts, files), claim=claim)
     return TeacherFolder(folder)

@@ -1,0 +1,179 @@
+"""`python -m student`: train a student from a cache.
+
+    python -m student --config manifests/students/demo.yaml --cache caches/demo --run runs/demo
+
+The same command again goes on with the run, or says that it is finished.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from pipeline.config import check_files_exist
+from pipeline.errors import UserError, run_command
+from student.callbacks import BEST, LAST, Interrupted, LogLines, RunCheckpoint
+from student.checkpoint import RunRecord
+from student.data import CacheDataModule
+from student.module import METRICS, DistillModule
+from student.run_folder import MetricsCSV, check_same_settings, copy_teacher, save_settings, steps_done
+
+TRAINER_DEFAULTS = {
+    "accelerator": "auto",
+    "devices": "auto",
+    "max_epochs": 1,
+    "log_every_n_steps": 10,
+    "gradient_clip_val": 1.0,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+
+class Parser(LightningArgumentParser):
+    """Complaints become one sentence."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+        sentence = " ".join(line.strip() for line in message.splitlines() if line.strip())
+        raise UserError(f"{sentence} (see python -m student --help)")
+
+
+class TrainCLI(LightningCLI):
+    """Lightning's command line with a run folder."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--cache", type=str | list[str], required=True, help="Cache folder, or a list of them.")
+        parser.add_argument("--run", type=str, required=True, help="Folder of this run; an existing one goes on.")
+        parser.add_argument(
+            "--checkpoint_every", type=int, default=200, help="Optimiser steps between two writes of last.ckpt."
+        )
+        parser.link_arguments("cache", "data.cache")
+        parser.link_arguments("run", "trainer.default_root_dir")
+
+    def before_instantiate_classes(self) -> None:
+        if self.config.checkpoint_every < 1:
+            raise UserError(f"--checkpoint_every is {self.config.checkpoint_every}: it must be 1 or more")
+        self.run_folder = Path(self.config.run)
+        self._dump_config()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """The trainer, its run folder prepared or checked and its place found."""
+        run: Path = self.run_folder
+        last = run / "checkpoints" / LAST
+        self._open_run()
+        self.resume_step = steps_done(last) if last.is_file() else 0
+        given = self.config_init["trainer"]
+        interactive = sys.stdout.isatty() and given.get("enable_progress_bar") is not False
+        checkpoints = RunCheckpoint(run / "checkpoints", self.config.checkpoint_every)
+        self.log_lines = LogLines()
+        display = TQDMProgressBar(leave=True) if interactive else self.log_lines
+        kwargs["enable_progress_bar"] = interactive
+        kwargs["callbacks"] = [*(given.get("callbacks") or []), checkpoints, display]
+        if given.get("logger") in (None, True):
+            kwargs["logger"] = [
+                MetricsCSV(run / "metrics.csv", METRICS, self.resume_step),
+                TensorBoardLogger(run, name="tensorboard", version=""),
+            ]
+        return super().instantiate_trainer(**kwargs)
+
+    def _open_run(self) -> None:
+        """Check an existing run's settings; prepare a new one's folder on the first rank."""
+        data: CacheDataModule = self.datamodule
+        facts = {"data_ids": data.data_ids, "steps_per_epoch": data.steps_per_epoch}
+        if (self.run_folder / "run.json").is_file():
+            record = RunRecord.read(self.run_folder)
+            if record.compat_id != data.compat_id:
+                raise UserError(
+                    f"{self.run_folder} was trained on caches of compat_id {record.compat_id}, --cache has "
+                    f"{data.compat_id}: they are of different teachers; name another --run or another --cache"
+                )
+            check_same_settings(self.run_folder, self.config_dump, facts)
+        elif rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            teacher = data.teacher
+            copy_teacher(teacher.path, self.run_folder)
+            save_settings(self.run_folder, self.config_dump, facts)
+            # Written last: a folder with run.json has everything else.
+            RunRecord(
+                student=self.model.student,
+                teacher="teacher",
+                max_length=data.max_length,
+                compat_id=data.compat_id,
+                width=teacher.facts.width,
+                vocab_size=teacher.facts.vocab_size,
+            ).write(self.run_folder)
+
+    def train(self) -> int:
+        """Run or go on; returns the exit status."""
+        self.model.trainer, self.trainer.datamodule = self.trainer, self.datamodule  # type: ignore[attr-defined]
+        total = self.model.total_steps()
+        self.log_lines.total_steps = total
+        last = self.run_folder / "checkpoints" / LAST
+        if self.resume_step >= total:
+            say(f"{self.run_folder} is finished: {self.resume_step} steps; evaluate it, or name another --run")
+            return 0
+        if self.resume_step:
+            say(f"going on with {self.run_folder} at step {self.resume_step} of {total}")
+        else:
+            say(f"training {self.run_folder}: {total} steps of {self.datamodule.batch_rows} rows")
+        try:
+            self.trainer.fit(self.model, self.datamodule, ckpt_path=str(last) if self.resume_step else None)
+        except Interrupted as interrupted:
+            say(
+                f"stopped at step {self.trainer.global_step} of {total}, saved in {last}: "
+                "run the same command to go on",
+                file=sys.stderr,
+            )
+            return 128 + interrupted.signal_number
+        best = self.run_folder / "checkpoints" / BEST
+        lowest = f", lowest held-out cross-entropy in {best}" if best.is_file() else ""
+        say(f"finished {total} steps: {last}{lowest}")
+        return 0
+
+
+@rank_zero_only
+def say(line: str, file: Any = None) -> None:
+    print(line, file=file, flush=True)
+
+
+def quiet() -> None:
+    """Keep Lightning's hints off the terminal; its errors stay."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("lightning", "torch.optim.lr_scheduler", "torch.utils.tensorboard"):
+        warnings.filterwarnings("ignore", module=rf"{module}\.?")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; `arguments` are the words after `python -m student`, None takes the process's."""
+    given = sys.argv[1:] if arguments is None else arguments
+    quiet()
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    check_files_exist(given, "--config")
+    cli = TrainCLI(
+        DistillModule,
+        CacheDataModule,
+        args=arguments,
+        run=False,
+        save_config_callback=None,
+        trainer_defaults=TRAINER_DEFAULTS,
+        seed_everything_default=0,
+        parser_class=Parser,
+        parser_kwargs={"prog": "python -m student", "description": "Train a Distil-xLSTM student from a cache."},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+    )
+    return cli.train()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

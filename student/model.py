@@ -1,0 +1,267 @@
+"""The student: frozen teacher embedding -> xLSTM blocks -> final norm -> frozen teacher head.
+
+Distil-xLSTM (arXiv 2503.18565, section 3): sLSTM and mLSTM blocks in turn, of the teacher's width, between the
+teacher's own embedding and language-model head, neither of which is trained or stored again in a checkpoint. The blocks
+are those of the `xlstm` package (arXiv 2405.04517); `student/mlstm.py` and `student/slstm.py` say how their cells are
+computed here.
+
+Legend: B rows, T tokens, N positions in any order, D width, V vocabulary, n = T/b pooling blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from xlstm import (
+    FeedForwardConfig,
+    mLSTMBlock,
+    mLSTMBlockConfig,
+    mLSTMLayerConfig,
+    sLSTMBlockConfig,
+    sLSTMLayerConfig,
+    xLSTMBlockStack,
+    xLSTMBlockStackConfig,
+)
+from xlstm.components.ln import LayerNorm
+
+from pipeline.errors import UserError
+from pipeline.teacher_folder import TeacherFacts
+from student.implicit_attention import pooled_implicit_attention
+from student.mlstm import capturing, mlstm_initial_state, mlstm_prefill, use_cell_backend
+from student.slstm import slstm_initial_state, slstm_prefill, use_scan_cell
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """Shape of the student. The defaults are the paper's: 84.2 M trainable parameters at width 1536."""
+
+    blocks: int = 6
+    """Number of xLSTM blocks."""
+    heads: int = 16
+    """Heads of every cell; divides the teacher's width. Widths of 64 or 128 a head are what GPU kernels like."""
+    slstm_at: tuple[int, ...] | None = None
+    """Indices of the sLSTM blocks, the others are mLSTM; null: in turn, sLSTM first (0, 2, 4, ...)."""
+    mlstm_projection: float = 2.0
+    """Inner width of an mLSTM block as a multiple of the width, rounded up to a multiple of 64."""
+    mlstm_qkv_blocksize: int = 32
+    """Channels that share one block of the block-diagonal q, k and v projections."""
+    conv_kernel: int = 4
+    """Tokens the causal convolution before the gates sees."""
+    slstm_feedforward: float = 1.7
+    """Inner width of the feed-forward after an sLSTM as a multiple of the width, rounded up to a multiple of 64."""
+    final_norm: Literal["layernorm", "teacher"] = "layernorm"
+    """layernorm: the package's LayerNorm, fresh; teacher: an RMSNorm that begins as the teacher's final norm.
+    Both are trained."""
+
+    def slstm_blocks(self) -> tuple[int, ...]:
+        """Sorted indices of the sLSTM blocks."""
+        return tuple(range(0, self.blocks, 2)) if self.slstm_at is None else tuple(sorted(set(self.slstm_at)))
+
+
+@dataclass
+class StudentOutput:
+    """What a forward pass returns.
+
+    Attributes:
+        h_BTD: hidden states after the final norm, what the head multiplies.
+        maps: block index -> (B, n, n) float32 pooled implicit attention, mean over heads, signed; mLSTM blocks only.
+    """
+
+    h_BTD: Tensor
+    maps: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudentState:
+    """The recurrent state of every block: what generation keeps instead of the text. Its size never grows."""
+
+    blocks: tuple[dict[str, Any], ...]
+
+    def bytes(self) -> int:
+        """Memory of all tensors of the state."""
+        tensors = (t for block in self.blocks for value in block.values() for t in _tensors(value))
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class DistilXLSTM(nn.Module):
+    """The student model.
+
+    Args:
+        config: its shape.
+        facts: what is known of the teacher: width, vocabulary, scales, soft cap.
+        tensors: `embedding_VD`, `head_VD`, `norm_D`, as `TeacherFolder.tensors()` gives them.
+        max_length: the longest row it is trained on. Recorded, not enforced: a recurrence has no longest input.
+
+    Raises:
+        UserError: a value of the configuration does not fit the teacher's width or the number of blocks.
+    """
+
+    def __init__(self, config: StudentConfig, facts: TeacherFacts, tensors: dict[str, Tensor], max_length: int) -> None:
+        super().__init__()
+        check_shape(config, facts.width)
+        expected = (facts.vocab_size, facts.width)
+        for name in ("embedding_VD", "head_VD"):
+            if tuple(tensors[name].shape) != expected:
+                raise UserError(
+                    f"the teacher's {name} has shape {tuple(tensors[name].shape)} but teacher.json says {expected}: "
+                    "the teacher folder is not one teacher's; dump it again"
+                )
+        self.config = config
+        self.facts = facts
+        self.max_length = max_length
+        self.embedding_VD: Tensor
+        self.untied_head_VD: Tensor | None
+        self.register_buffer("embedding_VD", tensors["embedding_VD"].detach(), persistent=False)
+        # One buffer where the two are tied: `to(device)` would make two of a shared one.
+        untied = None if facts.tied else tensors["head_VD"].detach()
+        self.register_buffer("untied_head_VD", untied, persistent=False)
+        self.stack = xLSTMBlockStack(_stack_config(config, facts.width))
+        for block in self.stack.blocks:
+            (use_cell_backend if isinstance(block, mLSTMBlock) else use_scan_cell)(block)
+        self.final_norm: nn.Module
+        if config.final_norm == "teacher":
+            self.final_norm = nn.RMSNorm(facts.width, eps=facts.norm_eps)
+            with torch.no_grad():
+                self.final_norm.weight.copy_(tensors["norm_D"].float() + facts.norm_offset)
+        else:
+            self.final_norm = LayerNorm(ndim=facts.width)
+
+    @property
+    def head_VD(self) -> Tensor:
+        """The frozen head (V, D), in the teacher's dtype; the embedding itself where the teacher ties them."""
+        return self.embedding_VD if self.untied_head_VD is None else self.untied_head_VD
+
+    @property
+    def mlstm_blocks(self) -> tuple[int, ...]:
+        """Indices of the mLSTM blocks: those with an implicit attention."""
+        return tuple(i for i in range(self.config.blocks) if i not in self.config.slstm_blocks())
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Embeddings of token ids of any shape, with the teacher's embedding scale; float32 at least."""
+        dtype = torch.promote_types(self.embedding_VD.dtype, torch.float32)
+        return F.embedding(input_ids, self.embedding_VD).to(dtype) * self.facts.embedding_scale
+
+    def forward(self, input_ids_BT: Tensor, map_block: int = 0) -> StudentOutput:
+        """Hidden states of whole rows, each from an empty state.
+
+        Args:
+            input_ids_BT: int64 token ids.
+            map_block: pooling block b of the implicit attention maps; 0 leaves them out.
+
+        Raises:
+            ValueError: T is no multiple of `map_block`.
+        """
+        x_BTD = self.embed(input_ids_BT)
+        maps: dict[int, Tensor] = {}
+        for index, block in enumerate(self.stack.blocks):
+            if map_block and isinstance(block, mLSTMBlock):
+                with capturing(block) as captured:
+                    x_BTD = block(x_BTD)
+                maps[index] = pooled_implicit_attention(*captured[0].attention_inputs(), map_block).mean(dim=1)
+            else:
+                x_BTD = block(x_BTD)
+        return StudentOutput(self.final_norm(x_BTD), maps)
+
+    def logits(self, h_ND: Tensor) -> Tensor:
+        """float32 logits (N, V) of hidden states after the final norm: scale, then soft cap, as `TeacherFacts` says."""
+        with torch.autocast(h_ND.device.type, enabled=False):
+            logits_NV = self.facts.logit_scale * (h_ND.float() @ self.head_VD.float().T)
+        cap = self.facts.soft_cap
+        return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
+
+    def initial_state(self, batch: int) -> StudentState:
+        """The empty state of `batch` rows."""
+        blocks = self.stack.blocks
+        return StudentState(
+            tuple((mlstm_initial_state if isinstance(b, mLSTMBlock) else slstm_initial_state)(b, batch) for b in blocks)
+        )
+
+    def prefill(self, input_ids_BT: Tensor) -> tuple[Tensor, StudentState]:
+        """Read a prompt from an empty state in one parallel pass: h_BD of its last token, and the state after it."""
+        x_BTD = self.embed(input_ids_BT)
+        states = []
+        for block in self.stack.blocks:
+            x_BTD, state = (mlstm_prefill if isinstance(block, mLSTMBlock) else slstm_prefill)(block, x_BTD)
+            states.append(state)
+        return self.final_norm(x_BTD[:, -1]), StudentState(tuple(states))
+
+    def step(self, input_ids_B: Tensor, state: StudentState) -> tuple[Tensor, StudentState]:
+        """Read one token a row: h_BD after the final norm, and the next state; `state` itself is left as it was."""
+        x_B1D = self.embed(input_ids_B[:, None])
+        states = []
+        for block, before in zip(self.stack.blocks, state.blocks, strict=True):
+            # The package's convolution shifts its state in place.
+            conv_state = tuple(t.clone() for t in before["conv_state"])
+            x_B1D, after = block.step(x_B1D, **{**before, "conv_state": conv_state})
+            states.append(after)
+        return self.final_norm(x_B1D[:, 0]), StudentState(tuple(states))
+
+    def trainable_parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+
+def check_shape(config: StudentConfig, width: int) -> None:
+    """Raise `UserError` naming the field if the configuration cannot be built at this width."""
+    if config.blocks < 1 or config.heads < 1 or config.conv_kernel < 2:
+        raise UserError(
+            f"student needs blocks >= 1, heads >= 1 and conv_kernel >= 2, found blocks={config.blocks}, "
+            f"heads={config.heads}, conv_kernel={config.conv_kernel}"
+        )
+    outside = [i for i in config.slstm_blocks() if not 0 <= i < config.blocks]
+    if outside:
+        raise UserError(f"student.slstm_at names blocks {outside}, but blocks={config.blocks}: 0..{config.blocks - 1}")
+    if width % config.heads or width // config.heads < 2:
+        near = [h for h in range(1, width // 2 + 1) if width % h == 0 and config.heads / 2 <= h <= 2 * config.heads]
+        raise UserError(
+            f"student.heads={config.heads} does not divide the teacher's width {width} into heads of 2 or more; "
+            f"choose one of {near}"
+        )
+    inner = _mlstm_layer_config(config, width)._inner_embedding_dim
+    for name, value in (("heads", config.heads), ("mlstm_qkv_blocksize", config.mlstm_qkv_blocksize)):
+        if value < 1 or inner % value:
+            raise UserError(
+                f"student.{name}={value} does not divide the mLSTM's inner width {inner} "
+                f"(mlstm_projection={config.mlstm_projection} of width {width}, rounded up to a multiple of 64)"
+            )
+
+
+def _mlstm_layer_config(config: StudentConfig, width: int) -> mLSTMLayerConfig:
+    return mLSTMLayerConfig(
+        conv1d_kernel_size=config.conv_kernel,
+        qkv_proj_blocksize=config.mlstm_qkv_blocksize,
+        num_heads=config.heads,
+        proj_factor=config.mlstm_projection,
+        embedding_dim=width,
+    )
+
+
+def _stack_config(config: StudentConfig, width: int) -> xLSTMBlockStackConfig:
+    slstm_at = config.slstm_blocks()
+    mlstm = mLSTMBlockConfig(mlstm=_mlstm_layer_config(config, width))
+    slstm = sLSTMBlockConfig(
+        slstm=sLSTMLayerConfig(
+            backend="vanilla",
+            num_heads=config.heads,
+            conv1d_kernel_size=config.conv_kernel,
+            bias_init="powerlaw_blockdependent",
+        ),
+        feedforward=FeedForwardConfig(proj_factor=config.slstm_feedforward, act_fn="gelu", embedding_dim=width),
+    )
+    return xLSTMBlockStackConfig(
+        mlstm_block=mlstm if len(slstm_at) < config.blocks else None,
+        slstm_block=slstm if slstm_at else None,
+        context_length=1,  # sizes nothing but a causal mask, which our cell backend does not use
+        num_blocks=config.blocks,
+        embedding_dim=width,
+        add_post_blocks_norm=False,
+        slstm_at=list(slstm_at),
+    )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [t for item in value for t in _tensors(item)]

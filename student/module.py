@@ -1,0 +1,341 @@
+"""Training as a LightningModule: the loss put together, schedules, optimiser, checkpoints that refuse another teacher.
+
+    L = (1 - alpha - beta) CE + alpha tau^2 KL_{K+1} + beta L_F + gamma L_A
+
+CE and KL_{K+1} are averaged over the targets of the whole batch (over all ranks); a position without a target counts
+in neither. The model is built in `configure_model` from the data module's teacher, so that a checkpoint holds trained
+weights only.
+
+Legend: B rows, T tokens, N = B*T positions, D width, W windows, n pooling blocks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from pipeline.errors import UserError
+from student.batch import IGNORE, Batch
+from student.losses.attention import Sign, Sinks, attention_alignment
+from student.losses.frobenius import frobenius, require_hidden
+from student.losses.fused import Head, KDSums, TeacherTopK, fused_kd_sums
+from student.losses.sparse_kd import interpolation_weights, log_tail_at
+from student.model import DistilXLSTM, StudentConfig
+from student.schedule import DeltaSchedule, StepCounter
+
+METRICS = (
+    "train/loss",
+    "train/ce",
+    "train/kl_k1",
+    "train/frobenius",
+    "train/attention",
+    "alpha",
+    "tau",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "val/ce",
+    "val/kl_k1",
+)
+"""Everything that training logs; losses in nats, the terms without their coefficients, val/kl_k1 at tau 1."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """L = (1 - alpha - beta) CE + alpha tau^2 KL_{K+1} + beta L_F + gamma L_A."""
+
+    alpha_start: float = 0.8
+    """Weight of KL_{K+1} at the first step of the first epoch; 0 switches the term off."""
+    alpha_end: float = 0.5
+    """Weight of KL_{K+1} that it falls towards."""
+    tau_start: float = 2.0
+    """Temperature of both distributions at the first step of the first epoch; within the cache's stored range."""
+    tau_end: float = 1.0
+    """Temperature that it falls towards."""
+    delta: float | None = 0.05
+    """Delta-distillation: what each epoch takes off the starting alpha and tau; null: both stay at their start."""
+    beta: float = 0.1
+    """Weight of the Frobenius term on hidden states; needs a cache with `hidden`. 0 switches it off."""
+    gamma: float = 0.0
+    """Weight of the attention alignment; needs a cache with `attn_map` and an mLSTM block. 0 switches it off."""
+    attention_sign: Sign = "signed"
+    """Negative entries of the implicit attention: compared as they are, or by magnitude."""
+    attention_sinks: Sinks = "keep"
+    """The first key block, where attention parks: compared, or dropped before rows are normalised."""
+    attention_normalise_rows: bool = True
+    """Compare the shape of rows only: each row of both maps is divided by the sum of its magnitudes."""
+    chunk_rows: int = 512
+    """Tokens whose logits exist at one time."""
+
+    def alpha(self) -> DeltaSchedule:
+        return DeltaSchedule(self.alpha_start, self.alpha_end, self.delta)
+
+    def tau(self) -> DeltaSchedule:
+        return DeltaSchedule(self.tau_start, self.tau_end, self.delta)
+
+    def check(self, taus: tuple[float, ...], has_hidden: bool, has_maps: bool, mlstm_blocks: int) -> None:
+        """Raise UserError naming the option that the cache or the student cannot serve."""
+        for name, start, end in (("alpha", self.alpha_start, self.alpha_end), ("tau", self.tau_start, self.tau_end)):
+            if self.delta is not None and (self.delta < 0 or start < end):
+                raise UserError(
+                    f"--model.loss.{name}_start {start} must not be below --model.loss.{name}_end {end}, and "
+                    f"--model.loss.delta {self.delta} not below 0: the schedule falls"
+                )
+        if self.alpha_end < 0 or self.beta < 0 or self.gamma < 0 or self.alpha_start + self.beta > 1:
+            raise UserError(
+                f"--model.loss: alpha_start {self.alpha_start} + beta {self.beta} must be at most 1 and no weight "
+                "negative, for the cross-entropy gets what they leave"
+            )
+        if self.alpha_start > 0:
+            for name, tau in (("tau_start", self.tau_start), ("tau_end", self.tau_end)):
+                try:
+                    interpolation_weights(taus, tau)
+                except ValueError:
+                    raise UserError(
+                        f"--model.loss.{name} is {tau}, but the cache stores tails for tau {min(taus)} to {max(taus)}: "
+                        "choose one in that range, or dump the cache again with others"
+                    ) from None
+        require_hidden(self.beta, has_hidden)
+        if self.gamma > 0 and not has_maps:
+            raise UserError(
+                f"--model.loss.gamma is {self.gamma}, but the cache has no column `attn_map`: set it to 0, or dump the "
+                "cache again with a pooling block"
+            )
+        if self.gamma > 0 and not mlstm_blocks:
+            raise UserError(
+                f"--model.loss.gamma is {self.gamma}, but the student has no mLSTM block to align: set it to 0, or "
+                "change --model.student.slstm_at"
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a cosine."""
+
+    lr: float = 2e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """Decay of matrices; vectors (norms, biases, gates) are never decayed."""
+    warmup_fraction: float = 0.1
+    """Share of all steps in which the rate rises from 0 to its peak."""
+    min_lr_fraction: float = 0.0
+    """Share of the peak at which the cosine ends."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moments."""
+
+    def factor(self, step: int, total: int) -> float:
+        """Share of the peak rate for the step that follows `step` steps of `total`."""
+        warmup = max(1, round(self.warmup_fraction * total))
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        return self.min_lr_fraction + (1 - self.min_lr_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class DistillModule(LightningModule):
+    """The student and how it is trained.
+
+    Args:
+        student: shape of the student.
+        loss: terms and schedules of the loss.
+        optimizer: AdamW and its learning rate.
+
+    Needs a `CacheDataModule` as the trainer's data module.
+    """
+
+    def __init__(self, student: StudentConfig, loss: LossConfig, optimizer: OptimizerConfig) -> None:
+        super().__init__()
+        self.student, self.loss, self.optimizer = student, loss, optimizer
+        self.save_hyperparameters(
+            {"student": asdict(student), "loss": asdict(loss), "optimizer": asdict(optimizer)}, logger=False
+        )
+        self.model: DistilXLSTM | None = None
+        self.counter = StepCounter()
+        self._tokens, self._since = 0, time.perf_counter()
+        self._heldout: list[Tensor] = []
+        self._batch_ids: list[int] = []
+
+    def configure_model(self) -> None:
+        """Build the student from the data module's teacher, once."""
+        if self.model is not None:
+            return
+        data = self._data
+        student = DistilXLSTM(self.student, data.teacher.facts, data.teacher.tensors(), data.max_length)
+        self.loss.check(data.taus, data.has_hidden, data.pool_block > 0, len(student.mlstm_blocks))
+        self.model = student
+
+    @property
+    def _data(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run, without asking Lightning (whose estimate resets a stateful loader)."""
+        trainer = self.trainer
+        batches = self._data.steps_per_epoch
+        limit = trainer.limit_train_batches
+        if limit is not None:
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        per_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+        by_epochs = per_epoch * trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+        candidates = [n for n in (by_epochs, trainer.max_steps if trainer.max_steps > 0 else None) if n is not None]
+        if not candidates:
+            raise UserError("--trainer.max_epochs and --trainer.max_steps are both unlimited: set one of them")
+        return min(candidates)
+
+    def configure_optimizers(self) -> Any:
+        assert self.model is not None
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.optimizer.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.optimizer.lr, betas=self.optimizer.betas)
+        total = self.total_steps()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optimizer.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def on_train_epoch_start(self) -> None:
+        self.counter.enter(self.trainer.current_epoch)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.counter.step()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of a batch; logs every term without its coefficient.
+
+        Raises:
+            UserError: the loss or (before the step) a gradient is not finite; names the batch's sequences.
+        """
+        config = self.loss
+        alpha = config.alpha().at(self.counter.epoch, self.counter.k)
+        tau = config.tau().at(self.counter.epoch, self.counter.k)
+        self._batch_ids = batch.sequence_id_B.tolist()
+        h_BTD, maps = self._forward(batch, with_maps=config.gamma > 0)
+        count = self._mean_over_ranks((batch.target_BT != IGNORE).sum()).clamp_min(1)
+        sums = self._kd(batch, h_BTD, 1 - alpha - config.beta, alpha * tau**2, tau)
+        loss = sums.total / count
+        logged: dict[str, Any] = {"train/ce": sums.ce / count, "alpha": alpha, "tau": tau}
+        if alpha > 0:
+            logged["train/kl_k1"] = sums.kl_k1 / count
+        length = batch.input_ids_BT.shape[1]
+        if config.beta > 0:
+            assert batch.hidden_BWD is not None
+            term = frobenius(h_BTD, batch.hidden_BWD, batch.length_B, length // batch.hidden_BWD.shape[1])
+            loss = loss + config.beta * term
+            logged["train/frobenius"] = term.detach()
+        if config.gamma > 0:
+            assert batch.attn_map_BGnn is not None
+            term = attention_alignment(
+                maps,
+                batch.attn_map_BGnn,
+                batch.length_B,
+                length // batch.attn_map_BGnn.shape[-1],
+                self.student.blocks,
+                config.attention_sign,
+                config.attention_sinks,
+                config.attention_normalise_rows,
+            )
+            loss = loss + config.gamma * term
+            logged["train/attention"] = term.detach()
+        self._require_finite("loss", loss.detach())
+        logged["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log_dict(logged)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.trainer.scaler is None:  # float16's loss scaler meets infinities by itself
+            self._require_finite("gradient norm", norm)
+        self.log("grad_norm", norm)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self._tokens += int(batch.length_B.sum()) * self.trainer.world_size
+        self.log("tokens_per_second", self._tokens / (time.perf_counter() - self._since), prog_bar=True)
+        every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if self.trainer.global_step % every == 0:
+            self._tokens, self._since = 0, time.perf_counter()
+
+    def on_validation_epoch_start(self) -> None:
+        self._heldout = []
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        h_BTD, _ = self._forward(batch)
+        sums = self._kd(batch, h_BTD, 1.0, 1.0, 1.0)
+        count = (batch.target_BT != IGNORE).sum()
+        self._heldout.append(torch.stack((sums.ce, sums.kl_k1, count.to(sums.ce.dtype))).double())
+
+    def on_validation_epoch_end(self) -> None:
+        if self._heldout:
+            ce, kl, count = torch.stack(self._heldout).sum(0)
+            self.log_dict({"val/ce": ce / count, "val/kl_k1": kl / count})
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["compat_id"] = self._data.compat_id
+        checkpoint["step_counter"] = self.counter.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the schedule's place.
+
+        Raises:
+            UserError: the checkpoint was trained on another teacher's cache.
+        """
+        found, wanted = checkpoint["compat_id"], self._data.compat_id
+        if found != wanted:
+            raise UserError(
+                f"the checkpoint has compat_id {found}, the cache has {wanted}: they are of different teachers; name a "
+                "cache of the checkpoint's teacher, or another --run"
+            )
+        self.counter.load_state_dict(checkpoint["step_counter"])
+
+    def _forward(self, batch: Batch, with_maps: bool = False) -> tuple[Tensor, dict[int, Tensor]]:
+        assert self.model is not None
+        block = 0
+        if with_maps:
+            assert batch.attn_map_BGnn is not None
+            block = batch.input_ids_BT.shape[1] // batch.attn_map_BGnn.shape[-1]
+        output = self.model(batch.input_ids_BT, map_block=block)
+        return output.h_BTD, output.maps
+
+    def _kd(self, batch: Batch, h_BTD: Tensor, weight_ce: float, weight_kl: float, tau: float) -> KDSums:
+        assert self.model is not None
+        facts = self.model.facts
+        log_tail_BT = batch.log_tail_BTR[..., 0] if weight_kl == 0 else log_tail_at(batch.log_tail_BTR, batch.taus, tau)
+        topk_ids_NK, topk_logits_NK = batch.topk_ids_BTK.flatten(0, 1), batch.topk_logits_BTK.flatten(0, 1)
+        teacher = TeacherTopK(topk_ids_NK, topk_logits_NK, log_tail_BT.flatten())
+        return fused_kd_sums(
+            h_BTD.flatten(0, 1),
+            Head(self.model.head_VD, facts.logit_scale, facts.soft_cap),
+            batch.target_BT.flatten(),
+            teacher,
+            weight_ce,
+            weight_kl,
+            tau,
+            self.loss.chunk_rows,
+        )
+
+    def _mean_over_ranks(self, count: Tensor) -> Tensor:
+        """Lightning averages gradients over ranks: dividing sums by the mean count averages over all ranks' targets."""
+        if self.trainer.world_size == 1:
+            return count.float()
+        return self.all_gather(count.float()).mean()  # type: ignore[union-attr, return-value]
+
+    def _require_finite(self, what: str, value: Tensor) -> None:
+        if not bool(torch.isfinite(value)):
+            raise UserError(
+                f"the {what} is {float(value)} at step {self.trainer.global_step} on sequences {self._batch_ids}: "
+                "training stopped before the weights were touched; lower --model.optimizer.lr or set "
+                "--trainer.gradient_clip_val, or look at these rows with inspect"
+            )

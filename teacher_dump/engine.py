@@ -1,0 +1,299 @@
+"""The teacher in vLLM: packed rows in, captured rows out, as a stream.
+
+Pure prefill: one request a row, one token asked for and thrown away, whole prompts only. A step of the engine is a
+function of (unit, step): `rows_per_step` rows in order, never rows of two units, so the same unit gives the same rows
+whoever else works.
+
+Legend: T sequence length of the cache, L tokens of one row.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from pipeline.errors import UserError
+from teacher_dump.rows import CapturedRow, CaptureSpec, PackedRow
+from teacher_dump.vllm_process import StartLog, keep_freed_pages, prepare_process, shared_config
+
+if TYPE_CHECKING:
+    from teacher_dump.capture import CapturedStep, ModelFacts
+
+_CPU_TOKENS, _GPU_TOKENS = 2048, 16384
+"""Tokens of a step where `rows_per_step` leaves the choice: enough to fill the device's matrix units."""
+_KV_PAGE = 256
+"""Tokens; no smaller than the pages vLLM keeps keys and values in by default."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the teacher runs; `dtype` and `head_dtype` change the rounding of what it says, nothing else does."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of weights and activations; auto takes the checkpoint's, bfloat16 where that is float32."""
+    head_dtype: Literal["auto", "float32"] = "auto"
+    """Of the logits; auto is the dtype of the activations."""
+    tensor_parallel: int = 1
+    """Devices one teacher is spread over."""
+    gpu_memory_utilization: float = 0.9
+    """Part of the device's memory that must be free when the teacher starts (GPU only)."""
+    rows_per_step: int = 0
+    """Sequences of one engine step; 0 fills a step with 16384 tokens on a GPU, 2048 on a CPU."""
+    enforce_eager: bool = True
+    """Run without torch.compile: within 2% of it in prefill, and starts at once. Pooled hidden states need it."""
+    quiet: bool = True
+    """Keep vLLM's and transformers' notes and progress bars off the terminal; what failed is always shown."""
+
+
+def default_rows_per_step(length: int) -> int:
+    """Sequences of T tokens that fill an engine step of this machine."""
+    import torch
+
+    return max(1, (_GPU_TOKENS if torch.cuda.is_available() else _CPU_TOKENS) // length)
+
+
+class TeacherEngineError(RuntimeError):
+    """The engine died; the text names it and what it said. Rows not yet yielded are lost, committed files are not."""
+
+
+class TeacherEngine:
+    """A teacher ready to read rows.
+
+    Args:
+        model: a Hugging Face folder.
+        length: T; no row may be longer.
+        capture: what to keep of every row.
+        options: how to run.
+
+    Attributes:
+        rows_per_step: sequences of one engine step.
+        vocab_size: V, the columns of the teacher's head.
+        width: D.
+        layers: decoder layers.
+        head_dtype: dtype the logits are computed in, such as "bfloat16".
+        logit_scale, soft_cap: as vLLM applies them, cap first, then scale; the captured logits have both.
+        on_cpu: whether vLLM runs on a CPU.
+
+    Raises:
+        UserError: the folder, the options or the spec do not fit; names which, and the remedy.
+        TeacherEngineError: vLLM could not start for another reason.
+    """
+
+    _alive = 0
+    """Engines of this process: vLLM's process groups are shared and go with the last one."""
+
+    def __init__(self, model: Path, *, length: int, capture: CaptureSpec, options: EngineOptions) -> None:
+        self.model, self.length, self.capture, self.options = Path(model), length, capture, options
+        config = shared_config(self.model)
+        self._check(config)
+        prepare_process(options.quiet)
+        self._engine: Any = None
+        self._log = StartLog(options.quiet)
+        try:
+            with self._log:
+                facts = self._start(config)
+        except Exception as error:
+            self.close()
+            raise self._explained(error, f"vLLM could not start the teacher {self.model}") from error
+        if isinstance(facts, str):
+            self.close()
+            raise UserError(facts)
+        self.vocab_size: int = facts.vocab_size
+        self.width: int = facts.width
+        self.layers: int = facts.layers
+        self.head_dtype: str = facts.head_dtype
+        self.logit_scale: float = facts.logit_scale
+        self.soft_cap: float | None = facts.soft_cap
+
+    def _check(self, config: dict[str, Any]) -> None:
+        spec, positions = self.capture, config.get("max_position_embeddings")
+        for name, size in (("block", spec.block), ("window", spec.window)):
+            if size and self.length % size:
+                raise UserError(f"{name}: {size} does not divide the sequence length {self.length}: choose a divisor")
+        if spec.window and not self.options.enforce_eager:
+            raise UserError("enforce_eager: false, but pooled hidden states (window > 0) need it: set it to true")
+        if positions and self.length > positions and not config.get("rope_scaling"):
+            raise UserError(f"length: {self.length} is more than the {positions} positions of {self.model}: lower it")
+
+    def _start(self, config: dict[str, Any]) -> ModelFacts | str:
+        from vllm import EngineArgs, LLMEngine
+        from vllm.platforms import current_platform
+
+        self.on_cpu: bool = current_platform.is_cpu()
+        if self.on_cpu:
+            keep_freed_pages()
+        options, length = self.options, self.length
+        self.rows_per_step: int = options.rows_per_step or default_rows_per_step(length)
+        arguments: dict[str, Any] = {
+            "model": str(self.model),
+            "skip_tokenizer_init": True,
+            "dtype": options.dtype,
+            "tensor_parallel_size": options.tensor_parallel,
+            "gpu_memory_utilization": options.gpu_memory_utilization,
+            "enforce_eager": options.enforce_eager,
+            "enable_prefix_caching": False,
+            "enable_chunked_prefill": False,
+            "max_model_len": length + 1,
+            "max_num_seqs": self.rows_per_step,
+            "max_num_batched_tokens": max(length + 1, self.rows_per_step * length),
+            "worker_extension_cls": "teacher_dump.capture.CaptureWorkerExtension",
+            "generation_config": "vllm",
+            "disable_log_stats": True,
+            # Not in every version: a step must end before the next is scheduled, and keys and values need room for
+            # one step only, so that the rest of the memory is the capture's.
+            "async_scheduling": False,
+            "kv_cache_memory_bytes": self._kv_bytes(config),
+            "use_tqdm_on_load": not options.quiet,
+        }
+        if options.head_dtype != "auto":
+            arguments["hf_overrides"] = {"head_dtype": options.head_dtype}
+        if not options.enforce_eager:
+            arguments["compilation_config"] = {"cudagraph_mode": "NONE"}
+        known = {field.name for field in fields(EngineArgs)}
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**{k: v for k, v in arguments.items() if k in known}))
+        TeacherEngine._alive += 1
+        return self._engine.collective_rpc("capture_install", args=(self.capture, length))[0]
+
+    def _kv_bytes(self, config: dict[str, Any]) -> int:
+        """Memory of one device for the keys and values of two steps."""
+        heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        width = config.get("head_dim") or config["hidden_size"] // heads
+        per_token = 2 * config["num_hidden_layers"] * max(1, kv_heads // self.options.tensor_parallel) * width * 4
+        pages = self.rows_per_step * -(-(self.length + 1) // _KV_PAGE) + 2
+        return 2 * pages * _KV_PAGE * per_token
+
+    def stream(self, unit: int, rows: Iterable[PackedRow]) -> Iterator[CapturedRow]:
+        """The captured rows of one unit, in order.
+
+        A step is launched before the rows of the one before it are handed out: `rows` is read at most two steps ahead
+        of the consumer, and on a GPU the copies to the host run beside the next step.
+
+        Raises:
+            UserError: the teacher's logits are not finite; names the row.
+            TeacherEngineError: the engine died.
+            ValueError: a row is empty or longer than T, or the engine is closed.
+        """
+        if self._engine is None:
+            raise ValueError("the engine is closed")
+        source, waiting = iter(rows), list[PackedRow]()
+        try:
+            while step := list(islice(source, self.rows_per_step)):
+                self._launch(unit, step)
+                if waiting:
+                    yield from self._collect(unit, waiting)
+                waiting = step
+            if waiting:
+                yield from self._collect(unit, waiting)
+        finally:
+            if self._engine is not None:
+                self._engine.collective_rpc("capture_forget")
+
+    def _launch(self, unit: int, step: list[PackedRow]) -> None:
+        """Run one step; what was captured waits in the worker."""
+        from vllm import SamplingParams
+
+        for row in step:
+            if not 0 < row.length <= self.length:
+                raise ValueError(f"row {row.row} of unit {unit} has {row.length} tokens, T is {self.length}")
+        try:
+            for row in step:
+                sequence_id = (unit << 32) + row.row
+                extra = {"row": row.row, "next_id": int(row.next_id), "sequence_id": sequence_id}
+                params = SamplingParams(
+                    max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, extra_args=extra
+                )
+                self._engine.add_request(str(sequence_id), _prompt(row.input_ids_L.tolist()), params)
+            while self._engine.has_unfinished_requests():
+                self._engine.step()
+        except Exception as error:
+            where = f"the teacher {self.model} died in vLLM at row {step[0].row} of unit {unit}"
+            self.close()
+            raise self._explained(error, where) from error
+
+    def _collect(self, unit: int, step: list[PackedRow]) -> Iterator[CapturedRow]:
+        """The rows of the oldest step not handed out yet."""
+        taken: CapturedStep | None = self._engine.collective_rpc("capture_take")[0]
+        rows = {row.row: row for row in step}
+        if taken is None or sorted(taken.rows) != sorted(rows):
+            raise TeacherEngineError(
+                f"vLLM ran rows {taken.rows if taken else []} of unit {unit} as one step, not {list(rows)}: the "
+                "teacher's keys and values need more memory than was reserved; lower rows_per_step"
+            )
+        finite_N = np.isfinite(taken.arrays["lse"])
+        spans = {row: slice(*taken.starts[at : at + 2]) for at, row in enumerate(taken.rows)}
+        for row in step:
+            if not finite_N[spans[row.row]].all():
+                raise UserError(
+                    f"the teacher's logits are not finite in row {row.row} of unit {unit}: its dtype overflows or its "
+                    "weights are damaged; try dtype: bfloat16 or float32"
+                )
+            yield _row_of(taken, taken.rows.index(row.row), spans[row.row], row)
+
+    def _explained(self, error: Exception, what: str) -> Exception:
+        """The exception to raise instead: a sentence that names the engine and the first line of what it said."""
+        if isinstance(error, UserError):
+            return error
+        said = next((line for line in str(error).splitlines() if line.strip()), "").strip()
+        text = f"{what}: {type(error).__name__}: {said}"
+        if "OutOfMemory" in type(error).__name__ or "out of memory" in said.lower() or "Free memory" in said:
+            return UserError(f"{text}: lower rows_per_step, or free the device's memory")
+        noted = self._log.tail()
+        return TeacherEngineError(f"{text}\nvLLM's last words:\n{noted}" if noted else text)
+
+    def close(self) -> None:
+        """Stop the engine and free its memory; the object is of no use afterwards."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            TeacherEngine._alive -= 1
+            with self._log:
+                engine.engine_core.shutdown()
+                del engine
+                if not TeacherEngine._alive:
+                    from vllm.distributed import cleanup_dist_env_and_memory
+
+                    cleanup_dist_env_and_memory()
+        gc.collect()
+
+    def __enter__(self) -> TeacherEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _prompt(ids: list[int]) -> Any:
+    """Token ids as this version of vLLM takes them; older ones know the raw dictionary only."""
+    import vllm.inputs
+
+    make = getattr(vllm.inputs, "tokens_input", None)
+    return make(ids) if make else {"prompt_token_ids": ids}
+
+
+def _row_of(step: CapturedStep, at: int, span: slice, packed: PackedRow) -> CapturedRow:
+    arrays = step.arrays
+
+    def of_tokens(name: str) -> np.ndarray | None:
+        return arrays[name][span] if name in arrays else None
+
+    def of_row(name: str) -> np.ndarray | None:
+        return arrays[name][at] if name in arrays else None
+
+    return CapturedRow(
+        packed=packed,
+        topk_ids_LK=arrays["topk_ids"][span],
+        topk_logits_LK=arrays["topk_logits"][span],
+        target_logit_L=arrays["target_logit"][span],
+        lse_L=arrays["lse"][span],
+        log_tail_LR=arrays["log_tail"][span],
+        attn_map_Gnn=of_row("attn_map"),
+        hidden_WD=of_row("hidden"),
+        tail_ids_LM=of_tokens("tail_ids"),
+        tail_logits_LM=of_tokens("tail_logits"),
+    )

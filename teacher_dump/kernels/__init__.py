@@ -1,0 +1,1 @@
+"""Capture kernels, one a module, as plain PyTorch references with float32 accumulation."""

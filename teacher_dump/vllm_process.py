@@ -1,0 +1,105 @@
+"""What a process needs before vLLM is imported into it: environment, quiet start, memory that stays."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+
+def shared_config(model: Path) -> dict[str, Any]:
+    """The text part of a Hugging Face folder's `config.json`.
+
+    Raises:
+        UserError: the folder holds no readable `config.json`.
+    """
+    path = model / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the teacher must be a Hugging Face model folder") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}): fetch the teacher again") from None
+    return {**config, **config.get("text_config", {})}
+
+
+def prepare_process(quiet: bool) -> None:
+    """Set what vLLM reads from the environment at import; what the user has set stays, except where we depend on it."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a failure in the engine is our own exception
+    # T tokens fill the model's positions; the token sampled after them is never read.
+    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if "OMP_NUM_THREADS" not in os.environ:  # vLLM's CPU worker computes on one thread without it
+        os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
+    if quiet:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+
+
+def keep_freed_pages() -> None:
+    """Let glibc keep what was freed for the next allocation of its size; without glibc nothing happens.
+
+    Activations of some megabytes come and go with every layer; fresh pages for each cost a CPU a third of its time.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of <malloc.h>
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 1 << 30)
+
+
+class StartLog:
+    """Sends the process's output to a file while entered, from C++ too; `tail` tells what was written.
+
+    Workers started meanwhile keep writing there.
+    """
+
+    def __init__(self, quiet: bool) -> None:
+        self._file = tempfile.TemporaryFile() if quiet else None  # noqa: SIM115 - lives as long as the engine
+        self._kept: list[int] = []
+        self._warnings: Any = None
+
+    def __enter__(self) -> StartLog:
+        if self._file is not None:
+            _flush()
+            self._kept = [os.dup(1), os.dup(2)]
+            os.dup2(self._file.fileno(), 1)
+            os.dup2(self._file.fileno(), 2)
+            self._warnings = warnings.catch_warnings()
+            self._warnings.__enter__()
+            warnings.simplefilter("ignore")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._kept:
+            _flush()
+            for descriptor, kept in zip((1, 2), self._kept, strict=True):
+                os.dup2(kept, descriptor)
+                os.close(kept)
+            self._kept = []
+            self._warnings.__exit__(None, None, None)
+
+    def tail(self, lines: int = 20) -> str:
+        """The last lines written, "" if there were none."""
+        if self._file is None:
+            return ""
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(max(0, size - 16384))
+        return "\n".join(self._file.read().decode(errors="replace").splitlines()[-lines:])
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()

@@ -1,0 +1,201 @@
+"""Claims: a live writer's is respected, a dead one's is cleared with its temporaries and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import claim as claims
+from pipeline.claim import EXPIRY_SECONDS, Claim, clear_dead_claims, try_claim
+from pipeline.commit import new_claim_id, temporary_path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pipeline.claim import try_claim
+from pipeline.commit import temporary_path
+cache = Path(sys.argv[1])
+claim = try_claim(cache, "shard-00000")
+temporary_path(cache / "shard-00000.parquet", claim.id).write_bytes(b"half a shard")
+print(claim.id, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path):
+    """Another process that holds shard-00000 and has begun to write it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def claim_file(cache: Path, name: str = "shard-00000") -> Path:
+    return cache / "claims" / f"{name}.json"
+
+
+def set_age(path: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def foreign(path: Path, **change: object) -> None:
+    """Make a claim look like another machine's."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), "machine": "elsewhere", **change}))
+
+
+def held(claim: Claim | None) -> Claim:
+    assert claim is not None
+    return claim
+
+
+def test_live_claim_is_respected_and_released(tmp_path: Path) -> None:
+    with held(try_claim(tmp_path, "shard-00000")):
+        assert try_claim(tmp_path, "shard-00000") is None
+        with held(try_claim(tmp_path, "shard-00001")):
+            pass
+    with held(try_claim(tmp_path, "shard-00000")):
+        assert [p.name for p in (tmp_path / "claims").iterdir()] == ["shard-00000.json"], "a draft was left"
+
+
+def test_process_that_lives_keeps_its_claim_however_old(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    set_age(claim_file(tmp_path), 10 * EXPIRY_SECONDS)
+    clear_dead_claims(tmp_path)
+    assert try_claim(tmp_path, "shard-00000") is None
+    assert len(list(tmp_path.glob(".*.tmp"))) == 1
+
+
+def test_killed_process_loses_its_claim_and_its_temporaries_only(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    mine = held(try_claim(tmp_path, "shard-00001"))
+    kept = temporary_path(tmp_path / "shard-00001.parquet", mine.id)
+    kept.write_bytes(b"a live writer's")
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    clear_dead_claims(tmp_path)
+    assert list(tmp_path.glob(".*.tmp")) == [kept]
+    assert not claim_file(tmp_path).exists() and claim_file(tmp_path, "shard-00001").exists()
+    with held(try_claim(tmp_path, "shard-00000")):
+        mine.release()
+
+
+def test_killed_process_is_replaced_without_a_clearing_first(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with held(try_claim(tmp_path, "shard-00000")):
+        assert list(tmp_path.glob(".*.tmp")) == []
+
+
+@pytest.mark.parametrize(("age", "free"), [(EXPIRY_SECONDS - 30, False), (EXPIRY_SECONDS + 30, True)])
+def test_claim_of_another_machine_expires_by_age(age: float, free: bool, tmp_path: Path) -> None:
+    held(try_claim(tmp_path, "shard-00000")).release()
+    path = claim_file(tmp_path)
+    path.write_text(json.dumps({"id": "far-1-00000000", "machine": "elsewhere", "pid": os.getpid()}))
+    leftover = temporary_path(tmp_path / "shard-00000.parquet", "far-1-00000000")
+    leftover.write_bytes(b"half")
+    set_age(path, age)
+    claim = try_claim(tmp_path, "shard-00000")
+    assert (claim is not None) == free
+    assert leftover.exists() != free
+    if claim is not None:
+        claim.release()
+
+
+def test_process_number_used_again_is_not_the_old_process(tmp_path: Path) -> None:
+    """After a reboot or a wrap-around another process may run under a dead writer's number."""
+    held(try_claim(tmp_path, "shard-00000"))
+    path = claim_file(tmp_path)
+    record = json.loads(path.read_text())
+    assert record["started"], "Linux tells when a process started"
+    path.write_text(json.dumps({**record, "started": "1"}))
+    with held(try_claim(tmp_path, "shard-00000")):
+        pass
+
+
+def test_live_claim_is_refreshed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "REFRESH_SECONDS", 0.01)
+    with held(try_claim(tmp_path, "shard-00000")):
+        set_age(claim_file(tmp_path), 1000)
+        deadline = time.monotonic() + 3
+        while time.time() - claim_file(tmp_path).stat().st_mtime > 100:
+            assert time.monotonic() < deadline, "the claim was not refreshed"
+            time.sleep(0.01)
+
+
+def test_claim_that_was_taken_over_is_neither_refreshed_nor_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "REFRESH_SECONDS", 0.01)
+    first = held(try_claim(tmp_path, "shard-00000"))
+    foreign(claim_file(tmp_path), id="other-1-00000000")
+    set_age(claim_file(tmp_path), 1000)
+    time.sleep(0.1)
+    assert time.time() - claim_file(tmp_path).stat().st_mtime > 100
+    first.release()
+    assert claim_file(tmp_path).exists()
+
+
+def test_slower_clearer_leaves_the_claim_of_the_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two see the same dead claim; one replaces it before the other removes what it saw."""
+    (tmp_path / "claims").mkdir()
+    path = claim_file(tmp_path)
+    dead = {"id": "gone-1-00000000", "machine": "elsewhere", "pid": 1}
+    path.write_text(json.dumps(dead))
+    set_age(path, 2 * EXPIRY_SECONDS)
+    faster: list[Claim] = []
+    real = claims._take_away
+
+    def between(path: Path, holder: dict[str, object]) -> bool:
+        if not faster:
+            monkeypatch.setattr(claims, "_take_away", real)
+            faster.append(held(try_claim(tmp_path, "shard-00000")))
+        return real(path, holder)
+
+    monkeypatch.setattr(claims, "_take_away", between)
+    assert try_claim(tmp_path, "shard-00000") is None
+    assert json.loads(path.read_text())["id"] == faster[0].id
+    faster[0].release()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{"])
+def test_damaged_claim_expires_by_age(content: str, tmp_path: Path) -> None:
+    (tmp_path / "claims").mkdir()
+    claim_file(tmp_path).write_text(content)
+    assert try_claim(tmp_path, "shard-00000") is None
+    set_age(claim_file(tmp_path), EXPIRY_SECONDS + 30)
+    with held(try_claim(tmp_path, "shard-00000")):
+        pass
+
+
+def test_old_temporaries_of_writers_without_a_claim_are_cleared(tmp_path: Path) -> None:
+    """A dump killed while it wrote the teacher folder held no claim yet."""
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    live = temporary_path(folder / "head.safetensors", new_claim_id())
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    dead_id = live.name.split(".")[-2].replace(f"-{os.getpid()}-", f"-{process.pid}-")
+    dead = temporary_path(folder / "head.safetensors", dead_id)
+    young = temporary_path(folder / "config.json", dead_id)
+    unknown = folder / ".something-else.tmp"
+    for path in (live, dead, young, unknown):
+        path.write_bytes(b"half")
+        if path is not young:
+            set_age(path, 2 * EXPIRY_SECONDS)
+    clear_dead_claims(tmp_path)
+    assert {p for p in (live, dead, young, unknown) if p.exists()} == {live, young, unknown}
