@@ -50,7 +50,7 @@ def prepare_process(quiet: bool) -> None:
 def keep_freed_pages() -> None:
     """Let glibc keep what was freed for the next allocation of its size; without glibc nothing happens.
 
-    Activations of some megabytes come and go with every layer; fresh pages for each cost a CPU a third of its time.
+    Activations of some megabytes come and go with every layer, and the kernel would clear fresh pages for each.
     """
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of <malloc.h>
     with contextlib.suppress(OSError, AttributeError):

@@ -130,7 +130,7 @@ def uncertainty_histograms(sample: CacheSample, taus: tuple[float, ...], k: int)
         mean = float(sample.entropy_N.mean())
         left.axvline(mean, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"mean {mean:.2f} nats")
         left.set(title="How unsure the teacher is", xlabel="entropy at τ = 1, nats", ylabel="% of tokens")
-        left.legend(loc="upper right")
+        left.legend(loc="best")
         order = matplotlib.colormaps["cividis"](np.linspace(0.0, 0.85, len(taus)))
         for s, tau in enumerate(taus):
             mass = np.sort(sample.tail_NS[:, s])

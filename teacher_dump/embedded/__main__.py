@@ -24,15 +24,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Prepare what is missing, teacher and corpus side by side; prints a line for each. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m teacher_dump.embedded", description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="where they live (default: data)")
-    root: Path = parser.parse_args(arguments).data
-    return run_command(lambda: _prepare(root))
+    parser.add_argument("--quiet", action="store_true", help="say nothing when they are there")
+    options = parser.parse_args(arguments)
+    return run_command(lambda: _prepare(options.data, options.quiet))
 
 
-def _prepare(root: Path) -> None:
+def _prepare(root: Path, quiet: bool) -> None:
     ready = {"embedded:smollm2-135m": teacher_ready(root), "embedded:enwik8": corpus_ready(root)}
     missing = [name for name in EMBEDDED if not ready[name]]
     for name in EMBEDDED:
-        if ready[name]:
+        if ready[name] and not quiet:
             print(f"{SAYS[name][0]}: ready")
     if not missing:
         return

@@ -260,6 +260,15 @@ def test_wrong_numbers_under_right_checksums(cache: Path, kind: str) -> None:
     assert any(p.column == column and message in p.message for p in result.problems), lines(result)
 
 
+def test_short_row_of_a_stream(tmp_path: Path) -> None:
+    path = write_toy_cache(tmp_path / "c", units=1, rows=3, length=32)
+    manifest = read_manifest(path)
+    columns = toy_columns(manifest.spec, 0, 3)
+    columns["length"][1] = 31
+    commit_toy_shard(path, manifest, 0, 3, columns=columns)
+    assert "column length: is shorter than T, though rows are packed as a stream" in lines(verify_cache(path))
+
+
 def test_place_of_a_wrong_number(cache: Path) -> None:
     manifest = read_manifest(cache)
     columns = toy_columns(manifest.spec, 1, ROWS)
