@@ -133,7 +133,7 @@ def heldout(cache: Cache, options: EvaluateOptions) -> Iterator[Batch]:
 
 def first_rows(batch: Batch, rows: int) -> Batch:
     """The first rows of a batch."""
-    values = {k: v[:rows] if isinstance(v, Tensor) else v for k, v in vars(batch).items()}
+    values: dict[str, Any] = {k: v[:rows] if isinstance(v, Tensor) else v for k, v in vars(batch).items()}
     return Batch(**values)
 
 
@@ -216,10 +216,11 @@ def load_teacher(options: EvaluateOptions, cache: Cache, device: torch.device) -
     except ImportError:
         raise UserError("--full_kl needs the package transformers: install it, or leave --full_kl out") from None
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--full_kl: no teacher at {source!r} ({reason}): name its folder with --teacher") from None
+    model = model.to(device).eval()
     vocabulary = cache.spec.vocab_size
     if model.config.get_text_config().vocab_size < vocabulary:
         raise UserError(f"--full_kl: {source!r} has fewer than the cache's {vocabulary} ids: it is another teacher")
