@@ -1,68 +1,97 @@
-# Every target is one line that calls the command line; `make help` lists them.
-SHARDS  ?= 64
-DUMP    ?= embedded
+# Each target is one line that calls a command line; `make help` lists them.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+SHARDS ?= 64
+DUMP ?= embedded
 STUDENT ?= demo
-CACHE   ?= caches/$(DUMP)
-RUN     ?= runs/$(STUDENT)
-SHARD   ?= 0
-PROMPT  ?=
-DEVICE  ?=
-ARGS    ?=
-export DEVICE PROMPT
-export OMP_NUM_THREADS ?= $(shell nproc)
+CACHE = caches/$(DUMP)
+RUN = runs/$(STUDENT)
+SHARD ?= 0
+PROMPT ?= The history of science is
+GPUS ?=
+DEVICE ?=
+ARGS ?=
+
+# vLLM's CPU build runs on one thread unless told otherwise.
+OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
+export OMP_NUM_THREADS DEVICE
+override PROMPT := $(value PROMPT)
+export PROMPT
 export HF_HUB_DISABLE_TELEMETRY = 1
 export VLLM_NO_USAGE_STATS = 1
 export TOKENIZERS_PARALLELISM = false
 
-PY := .venv/bin/python
+# PROMPT travels by environment, literally: a prompt may hold quotes and dollar signs.
+# GPUS=4 starts four dumps, one a GPU, that share the shards out among themselves.
+EACH_GPU = $(if $(GPUS),seq 0 $$(($(GPUS) - 1)) | xargs -P $(GPUS) -I@ env CUDA_VISIBLE_DEVICES=@)
+AGAIN = $(MAKE) --no-print-directory ARGS=
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint dump-teacher train-student eval generate inspect verify report clean
+.PHONY: help setup ready demo test lint dump-teacher first-dump train-student eval generate inspect verify report bench clean
 
-help: ## this list
-	@echo "Targets:"; grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
-	@printf '%s\n' "" "Variables (make TARGET NAME=value):" "  SHARDS=$(SHARDS)   training shards" "  DUMP=$(DUMP)   a file of manifests/dumps" "  STUDENT=$(STUDENT)   a file of manifests/students" "  CACHE=$(CACHE)   folder of the cache" "  RUN=$(RUN)   folder of the student's run" "  SHARD=$(SHARD)   shard to inspect" "  PROMPT=\"...\"   text to go on with" "  DEVICE=cpu|cuda   overrides what set-up finds" "  ARGS=\"...\"   further options of the command (see --help)" | expand -t 18
+help: ## show this
+	@echo "make TARGET [VARIABLE=value ...]"; echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' Makefile
+	@echo; printf '  %-10s %-28s %s\n' variable default meaning \
+	  DUMP '$(DUMP)' 'what to dump: a file in manifests/dumps' \
+	  STUDENT '$(STUDENT)' 'what to train: a file in manifests/students' \
+	  SHARDS '$(SHARDS)' 'training shards of the dump' \
+	  CACHE '$(CACHE)' 'folder of the dump' \
+	  RUN '$(RUN)' 'folder of the training run' \
+	  SHARD '$(SHARD)' 'shard that inspect shows' \
+	  PROMPT "$$PROMPT" 'text that generate continues' \
+	  GPUS '$(or $(GPUS),all there are)' 'GPUs to use; dump-teacher uses one unless told' \
+	  DEVICE '$(or $(DEVICE),what the machine has)' 'cpu or cuda: which packages set-up installs' \
+	  ARGS '$(or $(ARGS),none)' 'further options, passed on to the command'
 
-setup: ## virtual environment, embedded teacher and corpus; a second time it only looks
-	@python3 scripts/setup.py --quiet
+setup: ## install pinned packages in .venv and prepare the embedded teacher and corpus
+	@$(PYTHON) scripts/setup.py
 
-demo: setup ## everything, small: dump, train, evaluate, report; about 12 minutes on 2 cores
-	@$(MAKE) --no-print-directory dump-teacher DUMP=demo SHARDS=4 CACHE=caches/demo
-	@$(MAKE) --no-print-directory train-student STUDENT=demo CACHE=caches/demo RUN=runs/demo
-	@$(MAKE) --no-print-directory eval CACHE=caches/demo RUN=runs/demo
-	@$(MAKE) --no-print-directory report CACHE=caches/demo RUN=runs/demo
+ready: # the same, silent when there is nothing to do
+	@$(PYTHON) scripts/setup.py --quiet
+
+demo: ready ## a small dump, a short training, its evaluation and report
+	@$(AGAIN) dump-teacher DUMP=demo SHARDS=4 CACHE=caches/demo
+	@$(AGAIN) train-student STUDENT=demo CACHE=caches/demo RUN=runs/demo
+	@$(AGAIN) eval CACHE=caches/demo RUN=runs/demo
+	@$(AGAIN) report CACHE=caches/demo RUN=runs/demo
 	@$(PY) -m pipeline summary --cache caches/demo --run runs/demo
 
 test: lint ## lint, types and every test
+	$(PY) -m mypy pipeline teacher_dump student
 	$(PY) -m pytest -q $(ARGS)
 
-lint: setup ## lint and types alone
+lint: ready ## ruff: rules and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy pipeline teacher_dump student
 
-dump-teacher: setup ## run the teacher over a corpus into CACHE
-	@$(PY) -m teacher_dump --manifest manifests/dumps/$(DUMP).yaml --shards $(SHARDS) --cache $(CACHE) $(ARGS)
+dump-teacher: ready ## run the teacher once over the corpus; goes on where it stopped
+	$(EACH_GPU) $(PY) -m teacher_dump --manifest manifests/dumps/$(DUMP).yaml --shards $(SHARDS) --cache $(CACHE) $(ARGS)
 
-train-student: setup | $(CACHE)/manifest.json ## train STUDENT from CACHE into RUN
-	@$(PY) -m student --config manifests/students/$(STUDENT).yaml --cache $(CACHE) --run $(RUN) $(ARGS)
+first-dump: ready
+	@$(if $(filter file,$(origin CACHE)),test -e $(CACHE)/manifest.json || $(AGAIN) dump-teacher,:)
 
-$(CACHE)/manifest.json: | setup
-	@$(PY) -m teacher_dump --manifest manifests/dumps/$(DUMP).yaml --shards $(SHARDS) --cache $(CACHE)
+train-student: first-dump ## train the student on the cache (dumped first if there is none); goes on where it stopped
+	$(PY) -m student --config manifests/students/$(STUDENT).yaml --cache $(CACHE) --run $(RUN) $(if $(GPUS),--trainer.devices $(GPUS)) $(ARGS)
 
-eval: setup ## evaluate RUN on the held-out shards of CACHE
-	@$(PY) -m student.evaluate --run $(RUN) --cache $(CACHE) $(ARGS)
+eval: ready ## measure the student on held-out shards
+	$(PY) -m student.evaluate --run $(RUN) --cache $(CACHE) $(ARGS)
 
-generate: setup ## let RUN go on with PROMPT
+generate: ready ## let the student continue PROMPT
 	@$(PY) -m student.generate --run $(RUN) --prompt_from_env PROMPT $(ARGS)
 
-inspect: setup ## look into shard SHARD of CACHE
+inspect: ready ## what a shard holds, positions decoded to text
 	@$(PY) -m pipeline inspect --cache $(CACHE) --shard $(SHARD) $(ARGS)
 
-verify: setup ## check every byte and value of CACHE
+verify: ready ## check every byte and number of a cache
 	@$(PY) -m pipeline verify --cache $(CACHE) $(ARGS)
 
-report: setup ## one HTML file about CACHE and RUN
+report: ready ## one HTML page on cache and run
 	@$(PY) -m pipeline report --cache $(CACHE) --run $(RUN) $(ARGS)
 
-clean: ## remove the environment and the embedded data; caches and runs stay
-	rm -rf .venv data
+bench: ready ## measure the parts; prints tables and writes JSON
+	$(PY) -m benchmarks $(ARGS)
+
+clean: ## remove what tools left behind; environment, data, caches and runs stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info && find pipeline teacher_dump student tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +

@@ -204,8 +204,11 @@ class Steps:
             said = log.read().decode("utf-8", "replace").splitlines()
         noise = ("is ignored: it is neither a file nor a directory", "[notice]")
         lines = [line for line in said if line.strip() and not any(n in line for n in noise)]
-        for line in lines[-12:]:
+        errors = [i for i, line in enumerate(lines) if line.startswith("ERROR")]
+        for line in lines[min([*errors, max(0, len(lines) - 8)]) :][-12:]:
             sys.stdout.write("    " + line[:300] + "\n")
+        if status < 0:
+            remedy = "it was ended by signal %d (too little memory?); run the same command again" % -status
         raise SetupError("%s failed: %s (everything it said is in %s)" % (what, remedy, self.log))
 
 

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -51,8 +52,8 @@ class TrainCLI(LightningCLI):
     """Lightning's command line with a run folder."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--cache", type=str | list[str], required=True, help="Cache folder, or a list of them.")
-        parser.add_argument("--run", type=str, required=True, help="Folder of this run; an existing one goes on.")
+        parser.add_argument("--cache", type=str | list[str], default="", help="Cache folder, or a list of them.")
+        parser.add_argument("--run", type=str, default="", help="Folder of this run; an existing one goes on.")
         parser.add_argument(
             "--checkpoint_every", type=int, default=200, help="Optimiser steps between two writes of last.ckpt."
         )
@@ -60,10 +61,14 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("run", "trainer.default_root_dir")
 
     def before_instantiate_classes(self) -> None:
+        for name, meaning in (("cache", "the folder of a cache"), ("run", "the folder this run is to have")):
+            if not self.config[name]:
+                raise UserError(f"--{name} is missing: name {meaning} (see python -m student --help)")
         if self.config.checkpoint_every < 1:
             raise UserError(f"--checkpoint_every is {self.config.checkpoint_every}: it must be 1 or more")
         self.run_folder = Path(self.config.run)
-        self._dump_config()
+        text = self.parser.dump(self.config, skip_link_targets=True, skip_none=False, format="yaml")
+        self.resolved = yaml.safe_load(text)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer, its run folder prepared or checked and its place found."""
@@ -96,11 +101,11 @@ class TrainCLI(LightningCLI):
                     f"{self.run_folder} was trained on caches of compat_id {record.compat_id}, --cache has "
                     f"{data.compat_id}: they are of different teachers; name another --run or another --cache"
                 )
-            check_same_settings(self.run_folder, self.config_dump, facts)
+            check_same_settings(self.run_folder, self.resolved, facts)
         elif rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             teacher = data.teacher
             copy_teacher(teacher.path, self.run_folder)
-            save_settings(self.run_folder, self.config_dump, facts)
+            save_settings(self.run_folder, self.resolved, facts)
             # Written last: a folder with run.json has everything else.
             RunRecord(
                 student=self.model.student,

@@ -46,6 +46,7 @@ class RunCheckpoint(Checkpoint):
         self.best: float | None = None
         self._step = 0
         self._signal = 0
+        self._saved_to_stop = False
         self._former: dict[int, Any] = {}
         self._loader_state: dict[str, Any] | None = None
 
@@ -70,6 +71,12 @@ class RunCheckpoint(Checkpoint):
             trainer.train_dataloader.load_state_dict(self._loader_state)  # type: ignore[union-attr]
             self._loader_state = None
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Lightning's count for loggers is one too high after some resumptions: lines would get a wrong step.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        if self._saved_to_stop:
+            raise Interrupted(self._signal or signal.SIGTERM)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -79,8 +86,7 @@ class RunCheckpoint(Checkpoint):
         stop = self._stop(trainer)
         if stop or self._step % self.every_steps == 0:
             self._save(trainer, LAST)
-        if stop:
-            raise Interrupted(self._signal or signal.SIGTERM)
+        self._saved_to_stop = stop  # the stop itself waits until this step's line is logged
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         value = trainer.callback_metrics.get("val/ce")

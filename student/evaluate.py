@@ -213,8 +213,10 @@ def load_teacher(options: EvaluateOptions, cache: Cache, device: torch.device) -
     source = options.teacher or cache.manifest.teacher_path
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
     except ImportError:
         raise UserError("--full_kl needs the package transformers: install it, or leave --full_kl out") from None
+    logging.disable_progress_bar()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError) as error:

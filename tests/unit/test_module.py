@@ -79,6 +79,11 @@ def metrics(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def comparable(run: Path) -> list[dict[str, str]]:
+    """The logged lines without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in metrics(run)]
+
+
 @pytest.mark.parametrize(
     ("extra", "stops"),
     [
@@ -103,9 +108,7 @@ def test_a_stopped_run_goes_on_to_bit_equal_weights(
         assert resumed["step_counter"] == whole["step_counter"]
         for name, value in whole["state_dict"].items():
             assert torch.equal(resumed["state_dict"][name], value), (stop, name)
-        timings = ("seconds", "tokens_per_second")
-        ours, theirs = ([{k: v for k, v in row.items() if k not in timings} for row in metrics(r)]
-                        for r in (run, tmp_path / "whole"))  # fmt: skip
+        ours, theirs = comparable(run), comparable(tmp_path / "whole")
         assert ours == theirs
 
 
@@ -267,6 +270,7 @@ def test_a_cache_that_grew_is_refused(cache: Path, tmp_path: Path, monkeypatch: 
         ("--model.loss.alhpa_start=0.5", "alhpa_start"),
         ("--config=manifests/students/no-such.yaml", "there is no such file"),
         ("--cache=/no/such/cache", "is no cache"),
+        ("--cache=", "--cache is missing: name the folder of a cache"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(
@@ -306,6 +310,14 @@ def test_presets_are_understood(preset: str, cache: Path, tmp_path: Path, monkey
     ]
     assert train([*arguments, *small, "--data.batch_rows=4"], monkeypatch) == 0
     assert last(tmp_path / preset)["global_step"] == 1
+
+
+def test_a_runs_own_config_starts_it_again(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(options(cache, tmp_path / "run"), monkeypatch, stop_at=1)
+    assert train([f"--config={tmp_path / 'run' / 'config.yaml'}"], monkeypatch) == 0
+    assert "going on with" in capsys.readouterr().out and last(tmp_path / "run")["global_step"] == 10
 
 
 def test_help_shows_type_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
