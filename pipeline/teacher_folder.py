@@ -30,8 +30,8 @@ if TYPE_CHECKING:  # inspection and verification start fast without torch
 class TeacherFacts:
     """What `teacher.json` says of the teacher.
 
-    Logits are `logit_scale * (h @ head^T)`, then `soft_cap * tanh(logits / soft_cap)` where a cap is set: the order
-    vLLM's logits processor and Hugging Face models use differs by model and is resolved when the folder is written.
+    Logits are `logit_scale * (h @ head^T)`, or `soft_cap * tanh((h @ head^T) / soft_cap)` where a cap is set; a teacher
+    with both is refused, since models differ in their order.
     """
 
     name: str  # hub id, folder name or "embedded:smollm2-135m"

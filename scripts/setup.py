@@ -61,7 +61,11 @@ def interpreter_version(command):
     code = "import sys, platform; print(sys.version_info[0], sys.version_info[1], platform.python_version())"
     try:
         done = subprocess.run(
-            [command, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, universal_newlines=True, timeout=30
+            [command, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            universal_newlines=True,
+            timeout=30,
         )
         major, minor, text = done.stdout.split()
         return int(major), int(minor), text
@@ -71,7 +75,10 @@ def interpreter_version(command):
 
 def pick_python(own=None):
     """(path, version text) of the interpreter for the venv: the running one if supported, else the newest on PATH."""
-    own_path, own_version = own or (sys.executable, (sys.version_info[0], sys.version_info[1], platform.python_version()))
+    own_path, own_version = own or (
+        sys.executable,
+        (sys.version_info[0], sys.version_info[1], platform.python_version()),
+    )
     if own_path and own_version[:2] in SUPPORTED:
         return own_path, own_version[2]
     for major, minor in reversed(SUPPORTED):
@@ -87,7 +94,9 @@ def pick_python(own=None):
 
 def check_venv_modules(python):
     """Debian ships Python without venv and ensurepip unless asked for."""
-    done = subprocess.run([python, "-c", "import venv, ensurepip"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run(
+        [python, "-c", "import venv, ensurepip"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     if done.returncode != 0:
         version = interpreter_version(python)
         package = "python%d.%d-venv" % version[:2] if version else "python3-venv"
@@ -140,14 +149,17 @@ def nvidia_driver():
 def pick_device(wanted, machine, driver):
     """ "cpu" or "cuda": what was asked for, else what the machine has."""
     if wanted not in ("", "auto", "cpu", "cuda"):
-        raise SetupError("DEVICE is %r, but only cpu and cuda are known: leave it out to take what the machine has" % wanted)
+        raise SetupError(
+            "DEVICE is %r, but only cpu and cuda are known: leave it out to take what the machine has" % wanted
+        )
     if wanted == "cpu" or (wanted != "cuda" and driver is None):
         return "cpu"
     if machine != "x86_64":
         raise SetupError("the CUDA packages are pinned for x86_64, this machine is %s: use DEVICE=cpu" % machine)
     if driver and driver.split(".")[0].isdigit() and int(driver.split(".")[0]) < CUDA_DRIVER:
         raise SetupError(
-            "the NVIDIA driver here is %s, but CUDA 13 needs %d or newer: update it, or use DEVICE=cpu" % (driver, CUDA_DRIVER)
+            "the NVIDIA driver here is %s, but CUDA 13 needs %d or newer: update it, or use DEVICE=cpu"
+            % (driver, CUDA_DRIVER)
         )
     return "cuda"
 
@@ -236,7 +248,9 @@ def install(paths, device, python, python_version):
         pins = [line.strip() for line in lock.read_text().splitlines() if line.strip() and not line.startswith("#")]
         torch = next(line for line in pins if line.startswith("torch=="))
         if not steps.run(torch, pip + ["--no-deps", torch], network, allowed_to_fail=True):
-            steps.run(torch + " from PyTorch's index", pip + ["--no-deps", "--index-url", TORCH_CPU_INDEX, torch], network)
+            steps.run(
+                torch + " from PyTorch's index", pip + ["--no-deps", "--index-url", TORCH_CPU_INDEX, torch], network
+            )
         steps.run("%d packages of requirements/%s" % (len(pins), lock.name), pip + ["--no-deps", "-r", lock], network)
     else:
         steps.run("packages of requirements/%s (about 10 GB)" % lock.name, pip + ["-r", lock], network)
@@ -271,7 +285,9 @@ def prepare_data(paths, quiet):
         command.append("--quiet")
     status = subprocess.call(command, stdin=subprocess.DEVNULL, cwd=str(paths.root), env=environment)
     if status != 0:
-        raise SetupError("the embedded teacher and corpus could not be prepared (see above): mend it and run the same command")
+        raise SetupError(
+            "the embedded teacher and corpus could not be prepared (see above): mend it and run the same command"
+        )
 
 
 def set_up(root, wanted, quiet):
@@ -305,7 +321,9 @@ def main(arguments=None):
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--device", default=os.environ.get("DEVICE", ""), help="cpu or cuda (default: $DEVICE, else what the machine has)"
+        "--device",
+        default=os.environ.get("DEVICE", ""),
+        help="cpu or cuda (default: $DEVICE, else what the machine has)",
     )
     parser.add_argument("--quiet", action="store_true", help="say nothing when everything is there")
     options = parser.parse_args(arguments)

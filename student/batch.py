@@ -42,4 +42,4 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) else v for k, v in values.items()}
-        return Batch(**moved)
+        return Batch(**moved)  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ def default_rows_per_step(length: int) -> int:
     return max(1, (_GPU_TOKENS if torch.cuda.is_available() else _CPU_TOKENS) // length)
 
 
-class TeacherEngineError(RuntimeError):
+class TeacherEngineError(UserError):
     """The engine died; the text names it and what it said. Rows not yet yielded are lost, committed files are not."""
 
 

@@ -120,6 +120,12 @@ def open_teacher(name: str, data_root: Path, separator: str | None) -> Teacher:
     norm_D = find_tensor(weights, FINAL_NORM, path)
     model_type = str(config.get("model_type", ""))
     gemma = model_type.startswith("gemma")
+    scaled = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
+    if scaled != 1.0 and config.get("final_logit_softcapping"):
+        raise UserError(
+            f"teacher {path}: config.json has both a logit scale and a soft cap, whose order differs between models: this "
+            "architecture is not known here"
+        )
     facts = TeacherFacts(
         name=name,
         teacher_sha256=teacher_sha256(path, weights),
@@ -134,7 +140,7 @@ def open_teacher(name: str, data_root: Path, separator: str | None) -> Teacher:
         embedding_scale=float(config["hidden_size"]) ** 0.5
         if gemma
         else float(config.get("embedding_multiplier", 1.0)),
-        logit_scale=float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0),
+        logit_scale=scaled,
         soft_cap=config.get("final_logit_softcapping"),
         dtype=DTYPES[norm_D.dtype],
         separator_id=separator_id(tokenizer, config, separator, path),

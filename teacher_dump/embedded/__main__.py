@@ -23,7 +23,9 @@ SAYS = {
 def main(arguments: list[str] | None = None) -> int:
     """Prepare what is missing, teacher and corpus side by side; prints a line for each. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m teacher_dump.embedded", description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="where they live (default: data)")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), metavar="DIR", help="where they live (default: data)"
+    )
     parser.add_argument("--quiet", action="store_true", help="say nothing when they are there")
     options = parser.parse_args(arguments)
     return run_command(lambda: _prepare(options.data, options.quiet))

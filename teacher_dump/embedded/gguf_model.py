@@ -52,7 +52,10 @@ class GgufModel:
         import torch
         from gguf.quants import dequantize
 
-        heads = {"attn_q": self.field("llama.attention.head_count"), "attn_k": self.field("llama.attention.head_count_kv")}
+        heads = {
+            "attn_q": self.field("llama.attention.head_count"),
+            "attn_k": self.field("llama.attention.head_count_kv"),
+        }
         for tensor in self._reader.tensors:
             values = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
             part = tensor.name.split(".")[2] if tensor.name.startswith("blk.") else ""
@@ -70,7 +73,9 @@ class GgufModel:
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": [{"id": i, "content": tokens[i], **plain} for i, kind in enumerate(types) if kind == CONTROL],
+            "added_tokens": [
+                {"id": i, "content": tokens[i], **plain} for i, kind in enumerate(types) if kind == CONTROL
+            ],
             "normalizer": None,
             "pre_tokenizer": {
                 "type": "Sequence",

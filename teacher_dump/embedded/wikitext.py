@@ -19,11 +19,14 @@ NAMESPACES = frozenset(
 
 DROPPED_LINKS = frozenset(["image", "file", "media", "category"])
 _LANGUAGE = re.compile(r"(?:[a-z]{2,3}|[a-z]{2,3}-[a-z-]{2,9}|simple|tokipona)\Z")
-_SISTER = frozenset("wikt wiktionary wikipedia wikisource wikiquote wikibooks wikinews meta commons w s q b m n".split())
+_SISTER = frozenset(
+    "wikt wiktionary wikipedia wikisource wikiquote wikibooks wikinews meta commons w s q b m n".split()
+)
 
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.S)
 _ELEMENT = re.compile(
-    r"<(ref|math|gallery|timeline|table|pre|imagemap|hiero|score|div\b[^<>]*\bthumb)\b[^<>]*?(?:/>|>.*?</\1\s*>)", re.S | re.I
+    r"<(ref|math|gallery|timeline|table|pre|imagemap|hiero|score|div\b[^<>]*\bthumb)\b[^<>]*?(?:/>|>.*?</\1\s*>)",
+    re.S | re.I,
 )
 _NOWIKI = re.compile(r"<nowiki>(.*?)</nowiki>", re.S | re.I)
 _BREAK = re.compile(r"<(?:br|p|/p|hr|li|/li|dd|dt|tr|/tr|/?blockquote)\b[^<>]{0,200}>", re.I)

@@ -54,9 +54,7 @@ def assert_same_rows(a: dict[str, dict[str, np.ndarray]], b: dict[str, dict[str,
                 np.testing.assert_array_equal(a[name][column], b[name][column], err_msg=f"{name} {column}")
 
 
-def test_killed_dump_goes_on_with_the_same_rows(
-    teacher: Path, corpus: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_killed_dump_goes_on_with_the_same_rows(teacher: Path, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
     """kill -9 once the second shard is visible; the next run writes the rest, all rows as if undisturbed."""
     cache = tmp_path / "cache"
     process = subprocess.Popen(
@@ -106,9 +104,7 @@ def test_interrupt_keeps_what_is_committed(teacher: Path, corpus: Path, tmp_path
     assert not list(cache.glob(".*.tmp"))
 
 
-def test_more_shards_begin_with_the_same_rows(
-    teacher: Path, corpus: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_more_shards_begin_with_the_same_rows(teacher: Path, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
     """SHARDS=8 in another folder begins with the rows of SHARDS=4; training and held-out documents are disjoint."""
     cache = tmp_path / "cache"
     done = dump(teacher, corpus, cache, 8)
