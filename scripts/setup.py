@@ -87,7 +87,8 @@ def pick_python(own=None):
         if version and version[:2] == (major, minor):
             return path, version[2]
     raise SetupError(
-        "Python %s is not supported and no python3.11, python3.12 or python3.13 was found on PATH: install one of them, for "
+        "Python %s is not supported and no python3.11, python3.12 or python3.13 was found on PATH: install one "
+        "of them, for "
         "example with apt install python3 python3-venv on Debian 12 or later" % own_version[2]
     )
 
@@ -115,7 +116,8 @@ def check_compiler(which=shutil.which):
         missing.append("gcc")
     if missing:
         raise SetupError(
-            "no C/C++ compiler was found (%s): torch.compile and Triton need one when vLLM and the student's kernels run; "
+            "no C/C++ compiler was found (%s): torch.compile and Triton need one when vLLM and the student's "
+            "kernels run; "
             "install the Debian or Ubuntu packages g++ and python3-dev" % " and ".join(missing)
         )
 
@@ -125,7 +127,8 @@ def check_disk(root, device, free=None):
     free_gb = (shutil.disk_usage(str(root)).free if free is None else free) / 1e9
     if free_gb < DISK_GB[device]:
         raise SetupError(
-            "only %.1f GB are free under %s, but the %s environment, teacher and corpus need %d GB: make room or put the "
+            "only %.1f GB are free under %s, but the %s environment, teacher and corpus need %d GB: make room "
+            "or put the "
             "repository on a larger disk" % (free_gb, root, device.upper(), DISK_GB[device])
         )
 

@@ -123,7 +123,8 @@ def open_teacher(name: str, data_root: Path, separator: str | None) -> Teacher:
     scaled = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
     if scaled != 1.0 and config.get("final_logit_softcapping"):
         raise UserError(
-            f"teacher {path}: config.json has both a logit scale and a soft cap, whose order differs between models: this "
+            f"teacher {path}: config.json has both a logit scale and a soft cap, whose order differs between "
+            f"models: this "
             "architecture is not known here"
         )
     facts = TeacherFacts(

@@ -90,7 +90,8 @@ def _build(archive: Path, temporary: Path) -> None:
     if facts != PINNED:
         raise UserError(
             f"{archive}: cleaning enwik8 gave {facts.documents} documents with sha256 {facts.stream_sha256}, not the "
-            f"{PINNED.documents} with {PINNED.stream_sha256} that every machine must have: use Python 3.11, 3.12 or 3.13"
+            f"{PINNED.documents} with {PINNED.stream_sha256} that every machine must have: use Python 3.11, "
+            f"3.12 or 3.13"
         )
 
 
@@ -111,7 +112,8 @@ def enwik8_lines(archive: Path) -> Iterator[str]:
                 yield line.decode("utf-8", errors="ignore")  # the last character is cut, as the last page is
     if size != ENWIK8_BYTES or digest.hexdigest() != ENWIK8_MD5:
         raise UserError(
-            f"{archive}: {MEMBER} holds {size} bytes with md5 {digest.hexdigest()}, not enwik8 (md5 {ENWIK8_MD5}): delete "
+            f"{archive}: {MEMBER} holds {size} bytes with md5 {digest.hexdigest()}, not enwik8 (md5 "
+            f"{ENWIK8_MD5}): delete "
             "the file and run the command again"
         )
 

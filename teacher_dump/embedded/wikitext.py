@@ -1,8 +1,8 @@
 """Wiki markup to plain English prose, and the pages of a MediaWiki XML dump.
 
 Regular expressions and two small stack scanners, linear in the text, because 100 MB must pass in a minute. Dropped:
-templates, tables, references, formulas, comments, pictures, categories, links to other languages, sections of web links,
-and headings that are left without text. Kept: the text of links, headings as plain lines, list items after "- ".
+templates, tables, references, formulas, comments, pictures, categories, links to other languages, sections of web
+links, and headings that are left without text. Kept: the text of links, headings as plain lines, list items after "- ".
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Page:
 
 def pages(lines: Iterable[str]) -> Iterator[Page]:
     """The finished pages of a MediaWiki XML export, in order; one that the file cuts in the middle is dropped."""
-    title, body = "", None
+    title = ""
+    body: list[str] | None = None
     for line in lines:
         if body is None:
             if "<title>" in line:
@@ -143,7 +144,7 @@ def _drop_braces(text: str) -> str:
 
 
 def _links(text: str) -> str:
-    """[[target|text]] as text; pictures, categories and other languages go. Innermost first, for captions with links."""
+    """[[target|text]] as text; pictures, categories and other languages go. Innermost first."""
     for _ in range(6):
         text, count = _LINK.subn(_link, text)
         if not count:
