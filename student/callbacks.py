@@ -54,11 +54,8 @@ class RunCheckpoint(Checkpoint):
         if trainer.is_global_zero and self.folder.is_dir():
             for leftover in self.folder.glob(".*.tmp"):  # of a killed run: nobody else writes in this folder
                 leftover.unlink()
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._former[number] = signal.signal(number, self._ask_to_stop)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore_signals()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -66,6 +63,10 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
+        # Not earlier: Lightning installs its own just before, whose SIGTERM would end an epoch before it is saved.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._ask_to_stop)
         # Lightning gives a loader its state back within an epoch only; after an epoch's end it would begin at epoch 0.
         if self._loader_state is not None:
             trainer.train_dataloader.load_state_dict(self._loader_state)  # type: ignore[union-attr]

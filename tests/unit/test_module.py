@@ -52,20 +52,20 @@ def options(cache: Path, run: Path, *extra: str) -> list[str]:
     return [*(f"--{name}={value}" for name, value in settings.items()), *extra]
 
 
-class CtrlC(Callback):
-    """A real SIGINT while the given optimiser step (from 1) is being taken."""
+class Signal(Callback):
+    """A real signal while the given optimiser step (from 1) is being taken."""
 
-    def __init__(self, step: int) -> None:
-        self.step, self.done = step, False
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number, self.done = step, number, False
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step + 1 == self.step and not self.done:
             self.done = True
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.number)
 
 
-def train(arguments: list[str], monkeypatch: pytest.MonkeyPatch, stop_at: int = 0) -> int:
-    callbacks = [CtrlC(stop_at)] if stop_at else []
+def train(arguments: list[str], monkeypatch: pytest.MonkeyPatch, stop_at: int = 0, number: int = signal.SIGINT) -> int:
+    callbacks = [Signal(stop_at, number)] if stop_at else []
     monkeypatch.setattr(command, "TRAINER_DEFAULTS", {**command.TRAINER_DEFAULTS, "callbacks": callbacks})
     return command.main(arguments)
 
@@ -110,6 +110,18 @@ def test_a_stopped_run_goes_on_to_bit_equal_weights(
             assert torch.equal(resumed["state_dict"][name], value), (stop, name)
         ours, theirs = comparable(run), comparable(tmp_path / "whole")
         assert ours == theirs
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_terminated_run_saves_and_says_how_to_go_on(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: int
+) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    run = tmp_path / "run"
+    assert train(options(cache, run), monkeypatch, stop_at=step, number=signal.SIGTERM) == 143
+    assert last(run)["global_step"] == step
+    assert f"stopped at step {step} of 10" in capsys.readouterr().err
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
 def test_a_kill_resumes_from_the_last_checkpoint(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
