@@ -7,7 +7,7 @@ D teacher width, M tail samples, V vocabulary.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -35,6 +35,7 @@ class CacheSpec:
         width: D, width of the teacher (of `hidden`).
         tail_samples: M, draws from the tail; 0: the columns are left out.
         packing: "stream" or "document".
+        group_tokens: tokens of a row group, at most (one row where a row is longer).
     """
 
     length: int
@@ -47,6 +48,7 @@ class CacheSpec:
     width: int
     tail_samples: int
     packing: str
+    group_tokens: int = field(default_factory=lambda: ROW_GROUP_TOKENS)
 
     @property
     def blocks(self) -> int:
@@ -64,7 +66,7 @@ class CacheSpec:
 
     @property
     def rows_per_group(self) -> int:
-        return max(1, ROW_GROUP_TOKENS // self.length)
+        return max(1, self.group_tokens // self.length)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of one row's value, for every fixed-size column."""

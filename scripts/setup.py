@@ -107,18 +107,16 @@ def check_venv_modules(python):
         )
 
 
-def check_compiler(which=shutil.which):
-    """vLLM compiles the model with torch.compile and Triton, which call a C++ and a C compiler at run time."""
-    missing = []
-    if not any(map(which, ("g++", "c++", "clang++"))):
-        missing.append("g++")
-    if not any(map(which, ("gcc", "cc", "clang"))):
-        missing.append("gcc")
+def check_compiler(device, which=shutil.which):
+    """On a GPU, Triton builds its launchers with a C compiler, and the sLSTM extension a C++ one; a CPU needs neither."""
+    if device != "cuda":
+        return
+    found = {"gcc": ("gcc", "cc", "clang"), "g++": ("g++", "c++", "clang++")}
+    missing = [name for name, names in found.items() if not any(map(which, names))]
     if missing:
         raise SetupError(
-            "no C/C++ compiler was found (%s): torch.compile and Triton need one when vLLM and the student's "
-            "kernels run; "
-            "install the Debian or Ubuntu packages g++ and python3-dev" % " and ".join(missing)
+            "no %s was found on PATH, and Triton and the sLSTM kernel are compiled when they first run: install the Debian or "
+            "Ubuntu packages g++ and python3-dev, or use DEVICE=cpu" % " or ".join(missing)
         )
 
 
@@ -310,7 +308,7 @@ def set_up(root, wanted, quiet):
                 device = pick_device(wanted, platform.machine(), nvidia_driver())
                 python, version = pick_python()
                 check_venv_modules(python)
-                check_compiler()
+                check_compiler(device)
                 check_disk(paths.root, device)
                 print("set-up for %s in %s" % (device.upper(), paths.venv), flush=True)
                 install(paths, device, python, version)

@@ -127,7 +127,7 @@ def read_range(config: CorpusConfig, files: list[SourceFile], start: int, end: i
 
 
 def _document(config: CorpusConfig, file: SourceFile, position: int, value: Any) -> Document:
-    where = f"{file.path}:{position}"
+    where = f"{file.path.rsplit('/', 1)[-1]}:{position}"  # not the folder: rows do not depend on where a corpus lies
     if file.kind == "text":
         return Document(where, _decode(file, position, value))
     if isinstance(value, bytes):

@@ -95,10 +95,10 @@ def test_optional_columns_are_left_out() -> None:
 
 
 def test_row_groups_keep_order_and_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.schema.ROW_GROUP_TOKENS", 4 * SPEC.length + 3)
+    spec = replace(SPEC, group_tokens=4 * SPEC.length + 3)
     statistics = ShardStatistics()
     rows = [captured(SPEC, row, 2 + row) for row in range(9)]
-    groups = list(row_groups(SPEC, 0, iter(rows), statistics))
+    groups = list(row_groups(spec, 0, iter(rows), statistics))
     assert [len(group["length"]) for group in groups] == [4, 4, 1]
     assert np.concatenate([group["sequence_id"] for group in groups]).tolist() == list(range(9))
     assert (statistics.rows, statistics.tokens) == (9, sum(range(2, 11)))
