@@ -108,15 +108,15 @@ def check_venv_modules(python):
 
 
 def check_compiler(device, which=shutil.which):
-    """On a GPU, Triton builds its launchers with a C compiler, and the sLSTM extension a C++ one; a CPU needs neither."""
+    """A GPU needs them: Triton builds its launchers in C, and the sLSTM extension is C++; a CPU does without."""
     if device != "cuda":
         return
     found = {"gcc": ("gcc", "cc", "clang"), "g++": ("g++", "c++", "clang++")}
     missing = [name for name, names in found.items() if not any(map(which, names))]
     if missing:
         raise SetupError(
-            "no %s was found on PATH, and Triton and the sLSTM kernel are compiled when they first run: install the Debian or "
-            "Ubuntu packages g++ and python3-dev, or use DEVICE=cpu" % " or ".join(missing)
+            "no %s was found on PATH, but Triton and the sLSTM kernel are compiled when they first run: install the "
+            "Debian or Ubuntu packages g++ and python3-dev, or use DEVICE=cpu" % " or ".join(missing)
         )
 
 

@@ -8,6 +8,7 @@ The same command again goes on with the run, or says that it is finished.
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -67,7 +68,7 @@ class TrainCLI(LightningCLI):
         if self.config.checkpoint_every < 1:
             raise UserError(f"--checkpoint_every is {self.config.checkpoint_every}: it must be 1 or more")
         self.run_folder = Path(self.config.run)
-        text = self.parser.dump(self.config, skip_link_targets=True, skip_none=False, format="yaml")
+        text = self.parser.dump(self.config, skip_link_targets=True, skip_unset=False, format="yaml")
         self.resolved = yaml.safe_load(text)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -94,7 +95,7 @@ class TrainCLI(LightningCLI):
         """Check an existing run's settings; prepare a new one's folder on the first rank."""
         data: CacheDataModule = self.datamodule
         facts = {"data_ids": data.data_ids, "steps_per_epoch": data.steps_per_epoch}
-        if (self.run_folder / "run.json").is_file():
+        if (self.run_folder / "checkpoints" / LAST).is_file():
             record = RunRecord.read(self.run_folder)
             if record.compat_id != data.compat_id:
                 raise UserError(
@@ -103,6 +104,8 @@ class TrainCLI(LightningCLI):
                 )
             check_same_settings(self.run_folder, self.resolved, facts)
         elif rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            # No step was saved: what a refused or early stopped start left is begun anew.
+            shutil.rmtree(self.run_folder / "teacher", ignore_errors=True)
             teacher = data.teacher
             copy_teacher(teacher.path, self.run_folder)
             save_settings(self.run_folder, self.resolved, facts)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 
-KNOWN_TEXT = "In 1969, Apollo 11   landed on\n\tthe Moon; it wasn't the café's 3rd tab<|endoftext|>The end"
+# Several spaces before a number come out as one token only if digits are split off before anything else.
+KNOWN_TEXT = "In 1969, Apollo   11  landed on\n\tthe Moon; it wasn't the café's 3rd tab<|endoftext|>The end"
 # fmt: off
 KNOWN_IDS = (
-    788, 216, 33, 41, 38, 41, 28, 17600, 216, 33, 33, 256, 16176, 335, 198, 197, 1195, 8872, 43, 357, 5603, 982, 260,
+    788, 216, 33, 41, 38, 41, 28, 17600, 333, 33, 33, 216, 16176, 335, 198, 197, 1195, 8872, 43, 357, 5603, 982, 260,
     37366, 506, 216, 35, 7212, 10147, 0, 504, 1112,
 )
 # fmt: on

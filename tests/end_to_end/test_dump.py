@@ -13,6 +13,9 @@ from helpers_dump import REPOSITORY, dump, dump_command, environment, write_toy_
 
 from pipeline.cache import Cache
 
+SHARDS = 24
+"""Enough that an interruption after the first shard still finds work left."""
+
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -21,14 +24,14 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_corpus(tmp_path_factory.mktemp("corpus") / "toy.jsonl")
+    return write_toy_corpus(tmp_path_factory.mktemp("corpus") / "toy.jsonl", documents=1500)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of 4 shards dumped without interruption."""
+    """A cache of SHARDS shards dumped without interruption."""
     cache = tmp_path_factory.mktemp("undisturbed")
-    done = dump(teacher, corpus, cache, 4)
+    done = dump(teacher, corpus, cache, SHARDS)
     assert done.returncode == 0, done.stderr
     return cache
 
@@ -58,7 +61,7 @@ def test_killed_dump_goes_on_with_the_same_rows(teacher: Path, corpus: Path, und
     """kill -9 once the second shard is visible; the next run writes the rest, all rows as if undisturbed."""
     cache = tmp_path / "cache"
     process = subprocess.Popen(
-        dump_command(teacher, corpus, cache, 4),
+        dump_command(teacher, corpus, cache, SHARDS),
         env=environment(),
         cwd=REPOSITORY,
         stdout=subprocess.DEVNULL,
@@ -71,11 +74,11 @@ def test_killed_dump_goes_on_with_the_same_rows(teacher: Path, corpus: Path, und
     process.wait()
     before = set(rows(cache))
     assert "shard-00000" in before
-    assert "shard-00003" not in before, "the dump was over before it could be killed"
-    done = dump(teacher, corpus, cache, 4)
+    assert f"shard-{SHARDS - 1:05d}" not in before, "the dump was over before it could be killed"
+    done = dump(teacher, corpus, cache, SHARDS)
     assert done.returncode == 0, done.stderr
     after = rows(cache)
-    assert set(after) == {"heldout-00000", *(f"shard-{i:05d}" for i in range(4))}
+    assert set(after) == {"heldout-00000", *(f"shard-{i:05d}" for i in range(SHARDS))}
     assert_same_rows(rows(undisturbed), after)
     assert not list(cache.glob(".*.tmp")), "the killed writer's temporaries were left"
     assert not list((cache / "claims").glob("*.json"))
@@ -85,7 +88,7 @@ def test_interrupt_keeps_what_is_committed(teacher: Path, corpus: Path, tmp_path
     """Ctrl-C: one sentence, exit status 130, committed shards stay."""
     cache = tmp_path / "cache"
     process = subprocess.Popen(
-        dump_command(teacher, corpus, cache, 4),
+        dump_command(teacher, corpus, cache, SHARDS),
         env=environment(),
         cwd=REPOSITORY,
         stdout=subprocess.DEVNULL,
@@ -105,12 +108,12 @@ def test_interrupt_keeps_what_is_committed(teacher: Path, corpus: Path, tmp_path
 
 
 def test_more_shards_begin_with_the_same_rows(teacher: Path, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """SHARDS=8 in another folder begins with the rows of SHARDS=4; training and held-out documents are disjoint."""
+    """More shards in another folder begin with the same rows; training and held-out documents are disjoint."""
     cache = tmp_path / "cache"
-    done = dump(teacher, corpus, cache, 8)
+    done = dump(teacher, corpus, cache, SHARDS + 4)
     assert done.returncode == 0, done.stderr
     found = rows(cache)
-    assert len(found) == 9
+    assert len(found) == SHARDS + 5
     assert_same_rows(rows(undisturbed), found)
     documents = {name: {d for row in columns["doc_ids"] for d in row} for name, columns in found.items()}
     training = [documents[name] for name in found if name.startswith("shard")]
@@ -122,7 +125,7 @@ def test_more_shards_begin_with_the_same_rows(teacher: Path, corpus: Path, undis
 
 def test_same_command_again_does_nothing(teacher: Path, corpus: Path, undisturbed: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in undisturbed.glob("*.parquet")}
-    done = dump(teacher, corpus, undisturbed, 4)
+    done = dump(teacher, corpus, undisturbed, SHARDS)
     assert done.returncode == 0, done.stderr
     assert "0 shards written now" in done.stdout
     assert before == {path.name: path.stat().st_mtime_ns for path in undisturbed.glob("*.parquet")}
@@ -140,7 +143,7 @@ def test_same_command_again_does_nothing(teacher: Path, corpus: Path, undisturbe
 def test_other_settings_are_refused(
     teacher: Path, corpus: Path, undisturbed: Path, option: str, value: str, says: str
 ) -> None:
-    done = dump(teacher, corpus, undisturbed, 4, option, value)
+    done = dump(teacher, corpus, undisturbed, SHARDS, option, value)
     assert done.returncode == 2
     assert says in done.stderr
     assert str(undisturbed) in done.stderr
@@ -151,7 +154,7 @@ def test_changed_corpus_is_noticed(teacher: Path, corpus: Path, undisturbed: Pat
     content = corpus.read_bytes()
     try:
         corpus.write_bytes(content.replace(b"river", b"ocean", 1))
-        done = dump(teacher, corpus, undisturbed, 6)
+        done = dump(teacher, corpus, undisturbed, SHARDS + 2)
     finally:
         corpus.write_bytes(content)
     assert done.returncode == 2
