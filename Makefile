@@ -28,7 +28,7 @@ EACH_GPU = $(if $(GPUS),seq 0 $$(($(GPUS) - 1)) | xargs -P $(GPUS) -I@ env CUDA_
 AGAIN = $(MAKE) --no-print-directory ARGS=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready demo test lint dump-teacher first-dump train-student eval generate inspect verify report bench clean
+.PHONY: help setup ready demo test lint dump-teacher first-dump train-student eval generate inspect verify report clean
 
 help: ## show this
 	@echo "make TARGET [VARIABLE=value ...]"; echo
@@ -90,8 +90,5 @@ verify: ready ## check every byte and number of a cache
 report: ready ## one HTML page on cache and run
 	@$(PY) -m pipeline report --cache $(CACHE) --run $(RUN) $(ARGS)
 
-bench: ready ## measure the parts; prints tables and writes JSON
-	$(PY) -m benchmarks $(ARGS)
-
 clean: ## remove what tools left behind; environment, data, caches and runs stay
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info && find pipeline teacher_dump student tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info && find pipeline teacher_dump student tests scripts -name __pycache__ -prune -exec rm -rf {} +
