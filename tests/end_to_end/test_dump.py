@@ -57,8 +57,18 @@ def assert_same_rows(a: dict[str, dict[str, np.ndarray]], b: dict[str, dict[str,
                 np.testing.assert_array_equal(a[name][column], b[name][column], err_msg=f"{name} {column}")
 
 
-def test_killed_dump_goes_on_with_the_same_rows(teacher: Path, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """kill -9 once the second shard is visible; the next run writes the rest, all rows as if undisturbed."""
+@pytest.mark.parametrize(
+    ("moment", "pattern"),
+    [
+        ("a shard is visible", "shard-00000.json"),
+        ("a shard is being written", ".shard-00002.parquet.*.tmp"),
+        ("a shard's Parquet file has just appeared", "shard-00005.parquet"),
+    ],
+)
+def test_killed_dump_goes_on_with_the_same_rows(
+    teacher: Path, corpus: Path, undisturbed: Path, tmp_path: Path, moment: str, pattern: str
+) -> None:
+    """kill -9 at that moment; the next run writes the rest, all rows as if undisturbed."""
     cache = tmp_path / "cache"
     process = subprocess.Popen(
         dump_command(teacher, corpus, cache, SHARDS),
@@ -68,12 +78,12 @@ def test_killed_dump_goes_on_with_the_same_rows(teacher: Path, corpus: Path, und
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 240
-    while not (cache / "shard-00000.json").is_file() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.002)
+    while not any(cache.glob(pattern)) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.0005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = set(rows(cache))
-    assert "shard-00000" in before
+    assert before, f"killed before {moment}"
     assert f"shard-{SHARDS - 1:05d}" not in before, "the dump was over before it could be killed"
     done = dump(teacher, corpus, cache, SHARDS)
     assert done.returncode == 0, done.stderr
