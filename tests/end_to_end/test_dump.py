@@ -104,6 +104,7 @@ def test_interrupt_keeps_what_is_committed(teacher: Path, corpus: Path, tmp_path
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would inherit it ignored
     )
     deadline = time.monotonic() + 240
     while not (cache / "heldout-00000.json").is_file() and time.monotonic() < deadline and process.poll() is None:

@@ -59,7 +59,12 @@ def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_resumed_run_ends_with_equal_weights(cache: Path, whole: Path, tmp_path: Path, how: signal.Signals) -> None:
     cut = tmp_path / "cut"
     process = subprocess.Popen(
-        train_command(cache, cut), env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+        train_command(cache, cut),
+        env=environment(),
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would inherit it ignored
     )
     assert process.stdout is not None
     seen = ""
