@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.schema import SCHEMA_MAJOR, CacheSpec
 from pipeline.teacher_folder import TeacherFacts
 from teacher_dump.corpus import CorpusConfig
-from teacher_dump.engine import EngineOptions
+from teacher_dump.engine import EngineOptions, default_rows_per_step
 from teacher_dump.rows import CaptureSpec
 
 
@@ -146,10 +146,6 @@ class DumpConfig:
         }
 
 
-STEP_TOKENS = {"cpu": 2048, "cuda": 16_384}
-"""Tokens of an engine step where `rows_per_step` leaves the choice: enough to fill the device's matrix units."""
-
-
 def resolve_engine(options: EngineOptions, length: int, stored: str) -> EngineOptions:
     """Replace what is left to choose by what it comes to here, so that identities say it.
 
@@ -157,11 +153,8 @@ def resolve_engine(options: EngineOptions, length: int, stored: str) -> EngineOp
         length: T.
         stored: dtype of the teacher's weights on disk.
     """
-    import torch
-
-    tokens = STEP_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
     dtype = options.dtype if options.dtype != "auto" else ("bfloat16" if stored == "float32" else stored)
-    rows = options.rows_per_step or max(1, tokens // length)
+    rows = options.rows_per_step or default_rows_per_step(length)
     return replace(options, dtype=dtype, rows_per_step=rows)  # type: ignore[arg-type]
 
 
