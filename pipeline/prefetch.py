@@ -10,14 +10,47 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def ahead(make: Callable[[], Iterable[Item]], depth: int = 64) -> Iterator[Item]:
-    """Run an iterator in a thread, at most `depth` items ahead, so that the consumer does not wait for it.
+class Ahead(Iterator[Item]):
+    """An iterator that a thread runs `depth` items ahead; made by `ahead`."""
 
-    An exception in the thread is raised here; leaving the iterator early stops the thread.
+    def __init__(self, make: Callable[[], Iterable[Item]], depth: int) -> None:
+        self._items: queue.Queue[tuple[str, object]] = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        # Not a bound method: the thread must not keep the iterator alive that nobody reads any more.
+        arguments = (make, self._items, self._stop)
+        self._thread = threading.Thread(target=_fill, args=arguments, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> Item:
+        if self._stop.is_set():
+            raise StopIteration
+        kind, value = self._items.get()
+        if kind == "item":
+            return value  # type: ignore[return-value]
+        self._stop.set()
+        if kind == "error":
+            assert isinstance(value, BaseException)
+            raise value
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop the thread; there are no more items."""
+        self._stop.set()
+        self._thread.join()
+
+    def __del__(self) -> None:
+        self._stop.set()
+
+
+def ahead(make: Callable[[], Iterable[Item]], depth: int = 64) -> Ahead[Item]:
+    """Run an iterator in a thread, from now on, at most `depth` items ahead, so that the consumer does not wait for it.
+
+    An exception in the thread is raised by `next`; dropping or closing the iterator stops the thread.
     """
-    items: queue.Queue[tuple[str, object]] = queue.Queue(maxsize=depth)
-    stop = threading.Event()
+    return Ahead(make, depth)
 
+
+def _fill(make: Callable[[], Iterable[Item]], items: queue.Queue[tuple[str, object]], stop: threading.Event) -> None:
     def put(kind: str, value: object) -> bool:
         while not stop.is_set():
             try:
@@ -27,26 +60,10 @@ def ahead(make: Callable[[], Iterable[Item]], depth: int = 64) -> Iterator[Item]
                 continue
         return False
 
-    def work() -> None:
-        try:
-            for item in make():
-                if not put("item", item):
-                    return
-            put("end", None)
-        except BaseException as error:
-            put("error", error)
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
     try:
-        while True:
-            kind, value = items.get()
-            if kind == "end":
+        for item in make():
+            if not put("item", item):
                 return
-            if kind == "error":
-                assert isinstance(value, BaseException)
-                raise value
-            yield value  # type: ignore[misc]
-    finally:
-        stop.set()
-        thread.join()
+        put("end", None)
+    except BaseException as error:
+        put("error", error)

@@ -126,16 +126,18 @@ class CacheSpec:
         """Keyword arguments for `pyarrow.parquet.ParquetWriter`.
 
         BYTE_STREAM_SPLIT groups the bytes of equal significance, which zstd then packs well; float16 stays PLAIN
-        because DuckDB refuses it otherwise. Statistics on list columns would cost space and tell nothing.
+        because DuckDB refuses it otherwise. Statistics on list columns would cost space and tell nothing. Level 1 packs
+        `hidden`, half of whose bytes are zero, more tightly than level 3 and 3.6 times as fast.
         """
         encodings = {"sequence_id": "PLAIN", "length": "PLAIN", "next_id": "PLAIN", "doc_ids.list.element": "PLAIN"}
         for name in self.shapes():
             encodings[f"{name}.list.element"] = "PLAIN" if name == "attn_map" else "BYTE_STREAM_SPLIT"
+        levels = {path: 1 if path.startswith("hidden") else 3 for path in encodings}
         return {
             "use_dictionary": False,
             "column_encoding": encodings,
             "compression": "zstd",
-            "compression_level": 3,
+            "compression_level": levels,
             "write_statistics": ["sequence_id"],
             "write_page_checksum": True,
             "store_schema": True,

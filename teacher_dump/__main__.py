@@ -26,6 +26,8 @@ def main() -> int:
         f"{config.cache}: {result.shards} shards, {result.tokens:,} tokens "
         f"({result.written} shards written now, {result.seconds:.0f} s)"
     )
+    for sentence in result.lost:
+        print(f"note: {sentence}; the other workers wrote its shards", file=sys.stderr)
     return 0
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from teacher_dump.host_copies import Copy, HostCopies
 from teacher_dump.kernels.head_topk import HeadRows, VocabShard, head_topk
-from teacher_dump.kernels.pooled_attention import pooled_attention
-from teacher_dump.kernels.pooled_hidden import pooled_hidden
+from teacher_dump.kernels.pooled_attention import StepMaps
+from teacher_dump.kernels.pooled_hidden import StepHidden
+from teacher_dump.lse_tap import tap_of
 from teacher_dump.model_layers import attention_layers, attention_shape, decoder_layers, depth_groups, head_owner
 from teacher_dump.rows import CaptureSpec
 
@@ -76,7 +78,7 @@ class CaptureWorkerExtension:
 
     def capture_forget(self) -> None:
         """Drop what was captured and not taken."""
-        self._capture.finished.clear()
+        self._capture.forget()
 
 
 @dataclass
@@ -84,9 +86,19 @@ class _Step:
     """A step between `execute_model` and `sample_tokens`."""
 
     requests: dict[str, Any]  # request id -> vLLM's NewRequestData
-    starts: list[int] | None = None
-    maps_BGnn: Tensor | None = None
-    hidden_sum_ND: Tensor | None = None
+    maps: StepMaps | None = None
+    hidden: StepHidden | None = None
+
+    @property
+    def longest(self) -> int:
+        return max(len(request.prompt_token_ids) for request in self.requests.values())
+
+
+@dataclass(frozen=True)
+class _Finished:
+    rows: list[int]
+    starts: list[int]
+    copy: Copy
 
 
 class WorkerCapture:
@@ -105,7 +117,8 @@ class WorkerCapture:
         self.spec, self.length = spec, length
         self.runner = worker.model_runner
         self.model = self.runner.get_model() if hasattr(self.runner, "get_model") else self.runner.model
-        self.finished: deque[tuple[CapturedStep, torch.cuda.Event | None]] = deque()
+        self.finished: deque[_Finished] = deque()
+        self.copies = HostCopies(self.runner.device)
         self.step: _Step | None = None
         model_config = worker.vllm_config.model_config
         self.tensor_parallel = worker.vllm_config.parallel_config.tensor_parallel_size
@@ -167,9 +180,8 @@ class WorkerCapture:
         requests = [step.requests[request_id] for request_id in order]
         prompts = [np.asarray(request.prompt_token_ids, dtype=np.int64) for request in requests]
         extras = [request.sampling_params.extra_args for request in requests]
-        starts = [0, *accumulate(len(prompt) for prompt in prompts)]
-        if step.starts is not None and step.starts != starts:
-            raise RuntimeError(f"the attention layers saw rows at {step.starts}, the step ends with them at {starts}")
+        lengths = [len(prompt) for prompt in prompts]
+        starts = [0, *accumulate(lengths)]
         targets = [np.append(p[1:], e["next_id"]) for p, e in zip(prompts, extras, strict=True)]
         hidden_ND = hidden_ND[: starts[-1]]
         identities: dict[str, Tensor] = {}
@@ -186,30 +198,31 @@ class WorkerCapture:
             "log_tail": head.log_tail_NR,
             "tail_ids": head.tail_ids_NM,
             "tail_logits": head.tail_logits_NM,
-            "attn_map": step.maps_BGnn,
         }
-        if step.maps_BGnn is not None and self.tensor_parallel > 1:
-            tensors["attn_map"] = self._gather(step.maps_BGnn).mean(0)
+        if step.maps is not None:
+            maps_BGnn = step.maps.finish()
+            tensors["attn_map"] = self._gather(maps_BGnn).mean(0) if self.tensor_parallel > 1 else maps_BGnn
         if self.spec.window:
-            sums_ND = hidden_ND.float() if step.hidden_sum_ND is None else step.hidden_sum_ND[: starts[-1]]
-            if step.hidden_sum_ND is not None:
-                sums_ND += hidden_ND
-            mean_ND = sums_ND / self.facts.layers
-            windows = -(-self.length // self.spec.window)
-            tensors["hidden"] = pooled_hidden(mean_ND, starts, self.spec.window, windows)
+            hidden = step.hidden or self._step_hidden(len(lengths))  # a model of one layer has no other
+            starts_B1 = self._to_device([np.asarray(starts, dtype=np.int32)])
+            hidden.add([hidden_ND], starts_B1)
+            tensors["hidden"] = hidden.finish(lengths, self.facts.layers)
         if self.rank == 0:
-            arrays, copied = _to_host({name: x for name, x in tensors.items() if x is not None})
-            self.finished.append((CapturedStep([e["row"] for e in extras], starts, arrays), copied))
+            copy = self.copies.start({name: x for name, x in tensors.items() if x is not None})
+            self.finished.append(_Finished([e["row"] for e in extras], starts, copy))
 
     def _to_device(self, parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(self.runner.device, non_blocking=True)
+        together = torch.from_numpy(np.concatenate(parts))
+        if self.runner.device.type == "cuda":
+            together = together.pin_memory()  # or the host waits until the device has read it
+        return together.to(self.runner.device, non_blocking=True)
 
     def _head_rows(self, hidden_ND: Tensor, targets_N: Tensor, identities: dict[str, Tensor]) -> HeadRows:
         step = _HEAD_ROWS.get(hidden_ND.device.type, 1024)
         parts = []
         for first in range(0, hidden_ND.shape[0], step):
             at = slice(first, first + step)
-            with _own_vocabulary(self.head, self.shard):
+            with _raw_logits(self.head, self.shard):
                 logits_NV = self.model.compute_logits(hidden_ND[at])
             parts.append(
                 head_topk(
@@ -217,6 +230,8 @@ class WorkerCapture:
                     targets_N[at],
                     self.spec.k,
                     self.spec.taus,
+                    soft_cap=self.facts.soft_cap,
+                    scale=self.facts.logit_scale,
                     shard=self.shard,
                     tail_samples=self.spec.tail_samples,
                     seed=self.spec.seed,
@@ -229,10 +244,12 @@ class WorkerCapture:
         """Hand over the oldest finished step, waiting for its copies to the host."""
         if not self.finished:
             return None
-        step, copied = self.finished.popleft()
-        if copied is not None:
-            copied.synchronize()
-        return step
+        step = self.finished.popleft()
+        return CapturedStep(step.rows, step.starts, self.copies.take(step.copy))
+
+    def forget(self) -> None:
+        while self.finished:
+            self.copies.forget(self.finished.popleft().copy)
 
     # Tensor parallelism
 
@@ -256,23 +273,24 @@ class WorkerCapture:
             self._wrap_layer(layer, group, len(groups[group]))
 
     def _wrap_layer(self, layer: Any, group: int, members: int) -> None:
-        impl, forward = layer.impl, layer.impl.forward
+        impl, forward, tap = layer.impl, layer.impl.forward, tap_of(layer.impl)
         block, blocks = self.spec.block, -(-self.length // self.spec.block)
 
         def captured(layer: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
             step, metadata = self.step, kwargs.get("attn_metadata", args[1] if len(args) > 1 else None)
-            if step is not None and metadata is not None:
-                rows = len(step.requests)
-                if step.starts is None:  # one wait for the device a step, at its first layer
-                    step.starts = metadata.query_start_loc[: rows + 1].tolist()
-                    shape = (rows, self.spec.groups, blocks, blocks)
-                    step.maps_BGnn = torch.zeros(shape, dtype=torch.float32, device=query.device)
-                assert step.maps_BGnn is not None
-                q_NHE = query.view(query.shape[0], layer.num_heads, layer.head_size)
-                k_NHkvE = key.view(key.shape[0], layer.num_kv_heads, layer.head_size)
-                pooled_Bnn = pooled_attention(q_NHE, k_NHkvE, step.starts, attention_shape(layer), block, blocks)
-                step.maps_BGnn[:, group].add_(pooled_Bnn, alpha=1 / members)
-            return forward(layer, query, key, value, *args, **kwargs)
+            if step is None or metadata is None:
+                return forward(layer, query, key, value, *args, **kwargs)
+            rows = len(step.requests)
+            if step.maps is None:
+                step.maps = StepMaps(rows, step.longest, self.spec.groups, block, blocks, query.device)
+            with tap.opened() if tap is not None else nullcontext():
+                output = forward(layer, query, key, value, *args, **kwargs)
+            q_NHE = query.view(query.shape[0], layer.num_heads, layer.head_size)
+            k_NHkvE = key.view(key.shape[0], layer.num_kv_heads, layer.head_size)
+            lse_HN = tap.lse_HN if tap is not None else None
+            starts_B1 = metadata.query_start_loc[: rows + 1]
+            step.maps.add(group, q_NHE, k_NHkvE, starts_B1, lse_HN, attention_shape(layer), 1 / members)
+            return output
 
         impl.forward = captured
 
@@ -289,44 +307,46 @@ class WorkerCapture:
             step = self.step
             if step is None:
                 return
+            if step.hidden is None:
+                step.hidden = self._step_hidden(len(step.requests))
+            # vLLM's blocks return (what the MLP added, the residual stream before it)
             parts = [x for x in (output if isinstance(output, tuple) else (output,)) if isinstance(x, Tensor)]
-            if step.hidden_sum_ND is None:
-                step.hidden_sum_ND = torch.zeros(parts[0].shape, dtype=torch.float32, device=parts[0].device)
-            for part in parts:  # vLLM's blocks return (what the MLP added, the residual stream before it)
-                step.hidden_sum_ND += part
+            step.hidden.add(parts, _row_starts(len(step.requests)))
 
         for layer in layers[:-1]:
             layer.register_forward_hook(after)
 
+    def _step_hidden(self, rows: int) -> StepHidden:
+        windows = -(-self.length // self.spec.window)
+        return StepHidden(rows, self.spec.window, windows, self.facts.width, self.runner.device)
+
+
+def _row_starts(rows: int) -> Tensor:
+    """int32 (B + 1,) offsets of the rows of the running step, on the device."""
+    from vllm.forward_context import get_forward_context
+
+    metadata: Any = get_forward_context().attn_metadata
+    starts: Tensor = next(iter(metadata.values())).query_start_loc
+    return starts[: rows + 1]
+
 
 @contextmanager
-def _own_vocabulary(head: Any, shard: VocabShard | None) -> Iterator[None]:
-    """Under tensor parallelism, let `compute_logits` return this rank's columns instead of gathering all of V.
+def _raw_logits(head: Any, shard: VocabShard | None) -> Iterator[None]:
+    """Let `compute_logits` return what the head's matrix gives: soft cap and scale are then part of the search, which
+    spares copies of the size of the logits. Under tensor parallelism, this rank's columns instead of a gathered V.
 
-    Everything else a model does to its logits (scale, soft cap, its own code) acts on each logit alone.
+    What else a model does to its logits acts on each logit alone.
     """
-    if shard is None:
-        yield
-        return
     processor = head.logits_processor
-    vocabulary = processor.org_vocab_size
-    processor._gather_logits = lambda logits: logits
-    processor.org_vocab_size = head.lm_head.shard_indices.num_org_elements
+    kept = {name: getattr(processor, name) for name in ("soft_cap", "scale", "org_vocab_size")}
+    processor.soft_cap, processor.scale = None, 1.0
+    if shard is not None:
+        processor._gather_logits = lambda logits: logits
+        processor.org_vocab_size = head.lm_head.shard_indices.num_org_elements
     try:
         yield
     finally:
-        del processor._gather_logits
-        processor.org_vocab_size = vocabulary
-
-
-def _to_host(tensors: dict[str, Tensor]) -> tuple[dict[str, np.ndarray], torch.cuda.Event | None]:
-    """Start the copies to pinned memory; the arrays are valid once the event, where there is one, has passed."""
-    if all(x.device.type == "cpu" for x in tensors.values()):
-        return {name: x.numpy() for name, x in tensors.items()}, None
-    arrays = {}
-    for name, x in tensors.items():
-        pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        arrays[name] = pinned.copy_(x, non_blocking=True).numpy()
-    copied = torch.cuda.Event()
-    copied.record()
-    return arrays, copied
+        for name, value in kept.items():
+            setattr(processor, name, value)
+        if shard is not None:
+            del processor._gather_logits

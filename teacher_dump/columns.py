@@ -38,9 +38,10 @@ def _p_log_p(p: np.ndarray, log_p: np.ndarray) -> np.ndarray:
 
 def _padded(values: list[np.ndarray], length: int, fill: float, dtype: np.dtype) -> np.ndarray:
     """Stack arrays (L, ...) of different L to (R, length, ...)."""
-    stacked = np.full((len(values), length, *values[0].shape[1:]), fill, dtype=dtype)
+    stacked = np.empty((len(values), length, *values[0].shape[1:]), dtype=dtype)
     for row, value in enumerate(values):
         stacked[row, : len(value)] = value
+        stacked[row, len(value) :] = fill
     return stacked
 
 

@@ -10,6 +10,7 @@ Legend: T sequence length of the cache, L tokens of one row.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -25,7 +26,7 @@ from teacher_dump.vllm_process import StartLog, keep_freed_pages, prepare_proces
 if TYPE_CHECKING:
     from teacher_dump.capture import CapturedStep, ModelFacts
 
-_CPU_TOKENS, _GPU_TOKENS = 2048, 16384
+_CPU_TOKENS, _GPU_TOKENS = 2048, 32768
 """Tokens of a step where `rows_per_step` leaves the choice: enough to fill the device's matrix units."""
 _KV_PAGE = 256
 """Tokens; no smaller than the pages vLLM keeps keys and values in by default."""
@@ -44,7 +45,9 @@ class EngineOptions:
     gpu_memory_utilization: float = 0.9
     """Part of the device's memory that must be free when the teacher starts (GPU only)."""
     rows_per_step: int = 0
-    """Sequences of one engine step; 0 fills a step with 16384 tokens on a GPU, 2048 on a CPU."""
+    """Sequences of one engine step; 0 fills a step with 32768 tokens on a GPU, 2048 on a CPU."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """dummy: random weights of the shape config.json gives, for measuring speed without a checkpoint."""
     enforce_eager: bool = True
     """Run without torch.compile: within 2% of it in prefill, and starts at once. Pooled hidden states need it."""
     quiet: bool = True
@@ -56,6 +59,21 @@ def default_rows_per_step(length: int) -> int:
     import torch
 
     return max(1, (_GPU_TOKENS if torch.cuda.is_available() else _CPU_TOKENS) // length)
+
+
+def kv_cache_bytes(config: dict[str, Any], length: int, rows_per_step: int, tensor_parallel: int = 1) -> int:
+    """Memory of one device for the keys and values of two steps.
+
+    Args:
+        config: of the model, see `shared_config`.
+        length: T.
+    """
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    per_token = 2 * config["num_hidden_layers"] * max(1, kv_heads // tensor_parallel) * width * 4
+    pages = rows_per_step * -(-(length + 1) // _KV_PAGE) + 2
+    return 2 * pages * _KV_PAGE * per_token
 
 
 class TeacherEngineError(UserError):
@@ -98,6 +116,8 @@ class TeacherEngine:
         try:
             with self._log:
                 facts = self._start(config)
+                if not (self.on_cpu or isinstance(facts, str)):
+                    self._warm_up()
         except Exception as error:
             self.close()
             raise self._explained(error, f"vLLM could not start the teacher {self.model}") from error
@@ -126,29 +146,33 @@ class TeacherEngine:
         from vllm.platforms import current_platform
 
         self.on_cpu: bool = current_platform.is_cpu()
+        options, length = self.options, self.length
         if self.on_cpu:
             keep_freed_pages()
-        options, length = self.options, self.length
+            if options.tensor_parallel > 1:  # else vLLM wants a NUMA node for every rank
+                os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         self.rows_per_step: int = options.rows_per_step or default_rows_per_step(length)
         arguments: dict[str, Any] = {
             "model": str(self.model),
             "skip_tokenizer_init": True,
             "dtype": options.dtype,
+            "load_format": options.load_format,
             "tensor_parallel_size": options.tensor_parallel,
             "gpu_memory_utilization": options.gpu_memory_utilization,
             "enforce_eager": options.enforce_eager,
             "enable_prefix_caching": False,
             "enable_chunked_prefill": False,
             "max_model_len": length + 1,
-            "max_num_seqs": self.rows_per_step,
+            "max_num_seqs": 2 * self.rows_per_step,
             "max_num_batched_tokens": max(length + 1, self.rows_per_step * length),
             "worker_extension_cls": "teacher_dump.capture.CaptureWorkerExtension",
             "generation_config": "vllm",
             "disable_log_stats": True,
-            # Not in every version: a step must end before the next is scheduled, and keys and values need room for
-            # one step only, so that the rest of the memory is the capture's.
-            "async_scheduling": False,
-            "kv_cache_memory_bytes": self._kv_bytes(config),
+            # On a GPU the next step is launched while one runs. Keys and values get the room of two steps, so that the
+            # rest of the memory is the capture's.
+            "async_scheduling": not self.on_cpu,
+            "disable_cascade_attn": True,
+            "kv_cache_memory_bytes": kv_cache_bytes(config, length, self.rows_per_step, options.tensor_parallel),
             "use_tqdm_on_load": not options.quiet,
         }
         if options.head_dtype != "auto":
@@ -160,20 +184,26 @@ class TeacherEngine:
         TeacherEngine._alive += 1
         return self._engine.collective_rpc("capture_install", args=(self.capture, length))[0]
 
-    def _kv_bytes(self, config: dict[str, Any]) -> int:
-        """Memory of one device for the keys and values of two steps."""
-        heads = config["num_attention_heads"]
-        kv_heads = config.get("num_key_value_heads") or heads
-        width = config.get("head_dim") or config["hidden_size"] // heads
-        per_token = 2 * config["num_hidden_layers"] * max(1, kv_heads // self.options.tensor_parallel) * width * 4
-        pages = self.rows_per_step * -(-(self.length + 1) // _KV_PAGE) + 2
-        return 2 * pages * _KV_PAGE * per_token
+    def _warm_up(self) -> None:
+        """Two steps of the largest size: kernels are compiled and memory is taken before the first shard needs them."""
+        count = 2 * self.rows_per_step
+        ids_RT = np.arange(count * self.length, dtype=np.int64).reshape(count, self.length) % 1000
+        nothing = np.zeros(self.length, dtype=np.int32)
+        rows = [PackedRow(row, ids_RT[row].astype(np.int32), 0, nothing, ()) for row in range(count)]
+        for _ in self.stream(0, rows):
+            pass
 
     def stream(self, unit: int, rows: Iterable[PackedRow]) -> Iterator[CapturedRow]:
-        """The captured rows of one unit, in order.
+        """The captured rows of one unit, in order; see `stream_units`."""
+        for _, row in self.stream_units([(unit, rows)]):
+            yield row
 
-        A step is launched before the rows of the one before it are handed out: `rows` is read at most two steps ahead
-        of the consumer, and on a GPU the copies to the host run beside the next step.
+    def stream_units(self, units: Iterable[tuple[int, Iterable[PackedRow]]]) -> Iterator[tuple[int, CapturedRow]]:
+        """Units and their captured rows, in order.
+
+        A step is launched before the rows of the one before it are handed out, across units too: `units` and their rows
+        are read at most two steps ahead of the consumer. A GPU always has the next step's work queued, and copies to
+        the host beside it.
 
         Raises:
             UserError: the teacher's logits are not finite; names the row.
@@ -182,21 +212,30 @@ class TeacherEngine:
         """
         if self._engine is None:
             raise ValueError("the engine is closed")
-        source, waiting = iter(rows), list[PackedRow]()
+        waiting: tuple[int, list[PackedRow]] | None = None
         try:
-            while step := list(islice(source, self.rows_per_step)):
-                self._launch(unit, step)
+            for step in self._steps(units):
+                self._launch(*step)
                 if waiting:
-                    yield from self._collect(unit, waiting)
+                    yield from self._collect(*waiting)
                 waiting = step
             if waiting:
-                yield from self._collect(unit, waiting)
+                self._drain(*waiting)
+                yield from self._collect(*waiting)
         finally:
             if self._engine is not None:
+                if waiting:
+                    self._drain(*waiting)
                 self._engine.collective_rpc("capture_forget")
 
+    def _steps(self, units: Iterable[tuple[int, Iterable[PackedRow]]]) -> Iterator[tuple[int, list[PackedRow]]]:
+        for unit, rows in units:
+            source = iter(rows)
+            while step := list(islice(source, self.rows_per_step)):
+                yield unit, step
+
     def _launch(self, unit: int, step: list[PackedRow]) -> None:
-        """Run one step; what was captured waits in the worker."""
+        """Start one step; a CPU ends it too, a GPU ends the one before. What was captured waits in the worker."""
         from vllm import SamplingParams
 
         for row in step:
@@ -210,14 +249,23 @@ class TeacherEngine:
                     max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, extra_args=extra
                 )
                 self._engine.add_request(str(sequence_id), _prompt(row.input_ids_L.tolist()), params)
+            self._engine.step()
+        except Exception as error:
+            raise self._died(error, unit, step) from error
+
+    def _drain(self, unit: int, step: list[PackedRow]) -> None:
+        """End every step that was started."""
+        try:
             while self._engine.has_unfinished_requests():
                 self._engine.step()
         except Exception as error:
-            where = f"the teacher {self.model} died in vLLM at row {step[0].row} of unit {unit}"
-            self.close()
-            raise self._explained(error, where) from error
+            raise self._died(error, unit, step) from error
 
-    def _collect(self, unit: int, step: list[PackedRow]) -> Iterator[CapturedRow]:
+    def _died(self, error: Exception, unit: int, step: list[PackedRow]) -> Exception:
+        self.close()
+        return self._explained(error, f"the teacher {self.model} died in vLLM at row {step[0].row} of unit {unit}")
+
+    def _collect(self, unit: int, step: list[PackedRow]) -> Iterator[tuple[int, CapturedRow]]:
         """The rows of the oldest step not handed out yet."""
         taken: CapturedStep | None = self._engine.collective_rpc("capture_take")[0]
         rows = {row.row: row for row in step}
@@ -234,7 +282,7 @@ class TeacherEngine:
                     f"the teacher's logits are not finite in row {row.row} of unit {unit}: its dtype overflows or its "
                     "weights are damaged; try dtype: bfloat16 or float32"
                 )
-            yield _row_of(taken, taken.rows.index(row.row), spans[row.row], row)
+            yield unit, _row_of(taken, taken.rows.index(row.row), spans[row.row], row)
 
     def _explained(self, error: Exception, what: str) -> Exception:
         """The exception to raise instead: a sentence that names the engine and the first line of what it said."""

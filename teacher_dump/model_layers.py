@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import UserError
-from teacher_dump.kernels.pooled_attention import AttentionShape
+from teacher_dump.kernels.pooled_attention_reference import AttentionShape
 
 
 def depth_groups(layers: int, groups: int) -> list[range]:

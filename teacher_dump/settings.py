@@ -52,6 +52,9 @@ class DumpConfig:
     """M, ids drawn from outside the top k per position; 0 leaves them out"""
     seed: int = 0
     """seed of the tail draws"""
+    gpus: int = 0
+    """GPUs of this machine to use, engine.tensor_parallel of them an engine, a process each; without a GPU so many
+    engines share the cores; 0: one engine"""
     engine: EngineOptions = field(default_factory=EngineOptions)
     """how vLLM runs the teacher"""
     data: Path = Path("data")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +78,19 @@ def locate(name: str, data_root: Path) -> Path:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The fast tokenizer of a Hugging Face folder, without truncation or padding."""
+    """The fast tokenizer of a Hugging Face folder, without truncation or padding; read once while the file stays."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(
             f"teacher {folder} has no tokenizer.json: put the tokenizer beside the weights (save_pretrained of a fast "
             "tokenizer writes it)"
         )
+    found = path.stat()
+    return _read_tokenizer(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=4)
+def _read_tokenizer(path: Path, mtime_ns: int, size: int) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises bare Exception

@@ -1,111 +1,74 @@
-"""Block-pooled attention of one layer from post-RoPE q and k, without ever holding T x T.
+"""The attention maps of one engine step, summed over layers as these run.
 
-P[I, J] = (1 / (|I| H)) sum_h sum_{t in I} sum_{s in J, s <= t} A^h[t, s], |I| counting valid queries only; the keys of
-a row are the row's own tokens. Query blocks are taken a few at a time, against the keys they can see.
+The plain computation is `pooled_attention_reference`, the GPU's `pooled_attention_triton`.
 
-Legend: N tokens of all rows one after another, B rows, H heads, Hkv key heads, E head width, b pooling block,
-n blocks of the cache's full length, Q queries of a step, S keys of a step.
+Legend: N tokens of all rows one after another, B rows, H heads, Hkv key heads, E head width, G depth groups,
+n blocks of the cache's full length.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-_QUERIES = 128
-"""Queries of a step: enough for the matrix product, few enough for the scores to stay in cache."""
+from teacher_dump.kernels.pooled_attention_reference import AttentionShape, pooled_attention
 
 
-@dataclass(frozen=True)
-class AttentionShape:
-    """What a layer does to its scores besides q.k.
-
-    Attributes:
-        scale: factor of q.k.
-        window: a query sees itself and the window - 1 tokens before it; 0: all before it.
-        soft_cap: scores become cap * tanh(score / cap); 0: as they are.
-        alibi_H: slopes added as slope * (s - t), None without.
-        sinks_H: logits of a column that takes attention and is not stored, None without.
-    """
-
-    scale: float
-    window: int = 0
-    soft_cap: float = 0.0
-    alibi_H: Tensor | None = None
-    sinks_H: Tensor | None = None
-
-
-def pooled_attention(
-    q_NHE: Tensor, k_NHkvE: Tensor, starts: list[int], shape: AttentionShape, block: int, blocks: int
-) -> Tensor:
-    """Mean over the heads of one layer: (B, n, n) float32; blocks beyond a row's length are zero.
+class StepMaps:
+    """Maps of the rows of one step.
 
     Args:
-        q_NHE, k_NHkvE: queries and keys of whole rows after RoPE, any float dtype; H is a multiple of Hkv.
-        starts: B + 1 offsets of the rows in N.
-        shape: how the layer treats its scores.
-        block: pooling block b.
-        blocks: n of the cache's full length.
+        rows: B.
+        longest: tokens of the longest row.
+        groups: G.
+        block: pooling block b in tokens.
+        blocks: n; blocks beyond a row's length stay zero.
+        device: where q and k are.
     """
-    pooled_Bnn = torch.zeros((len(starts) - 1, blocks, blocks), dtype=torch.float32, device=q_NHE.device)
-    for row, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
-        _one_row(q_NHE[start:end], k_NHkvE[start:end], shape, block, pooled_Bnn[row])
-    return pooled_Bnn
 
+    def __init__(self, rows: int, longest: int, groups: int, block: int, blocks: int, device: torch.device) -> None:
+        self.longest, self.block = longest, block
+        self.units = 1  # a block is kept in as many parts until the step ends
+        if device.type == "cuda":
+            from teacher_dump.kernels.pooled_attention_triton import unit_of
 
-def _one_row(q_THE: Tensor, k_THkvE: Tensor, shape: AttentionShape, block: int, pooled_nn: Tensor) -> None:
-    length, heads, _ = q_THE.shape
-    q_HTE = (q_THE.float() * shape.scale).transpose(0, 1)
-    k_HET = k_THkvE.float().permute(1, 2, 0).repeat_interleave(heads // k_THkvE.shape[1], dim=0)
-    step = max(1, _QUERIES // block) * block
-    for first in range(0, length, step):
-        last = min(first + step, length)
-        low = max(0, first + 1 - shape.window) // block * block if shape.window else 0
-        weights_HQS = _weights(torch.bmm(q_HTE[:, first:last], k_HET[:, :, low:last]), first - low, shape)
-        # A query block's sum over heads and queries, then over each block of keys.
-        pooled = _sum_blocks(_sum_blocks(weights_HQS.sum(0), block, dim=0), block, dim=1).div_(heads * block)
-        if (last - first) % block:  # the row ends inside its last query block
-            pooled[-1] *= block / ((last - first) % block)
-        at, key_at = first // block, low // block
-        pooled_nn[at : at + pooled.shape[0], key_at : key_at + pooled.shape[1]] = pooled
+            self.units = block // unit_of(block)
+        side = blocks * self.units
+        self.sums_BGnn = torch.zeros((rows, groups, side, side), dtype=torch.float32, device=device)
 
+    def add(
+        self,
+        group: int,
+        q_NHE: Tensor,
+        k_NHkvE: Tensor,
+        starts_B1: Tensor,
+        lse_HN: Tensor | None,
+        shape: AttentionShape,
+        weight: float,
+    ) -> None:
+        """Add `weight` times the head-averaged map of one layer to a depth group's.
 
-def _weights(scores_HQS: Tensor, offset: int, shape: AttentionShape) -> Tensor:
-    """Attention weights from q.k, which is overwritten; query 0 stands at key `offset`, keys end with the queries."""
-    heads, queries, keys = scores_HQS.shape
-    device = scores_HQS.device
-    if shape.soft_cap:
-        scores_HQS.div_(shape.soft_cap).tanh_().mul_(shape.soft_cap)
-    if shape.alibi_H is not None:
-        scores_HQS.sub_(shape.alibi_H.to(device).float()[:, None, None] * _distance(queries, keys, offset, device))
-    # An addition and not a masked fill, which a CPU does one element at a time; the future is in the last keys.
-    scores_HQS[:, :, offset:].add_(_future(queries, str(device)))
-    if shape.window:
-        scores_HQS.masked_fill_(_distance(queries, keys, offset, device) >= shape.window, -torch.inf)
-    if shape.sinks_H is not None:
-        sinks = shape.sinks_H.to(device).float()[:, None, None].expand(heads, queries, 1)
-        return torch.cat([scores_HQS, sinks], dim=-1).softmax(-1)[..., :keys]
-    return scores_HQS.softmax(-1)
+        Args:
+            group: which depth group.
+            q_NHE, k_NHkvE: queries and keys of whole rows after RoPE.
+            starts_B1: int32 on the device, B + 1 offsets of the rows in N.
+            lse_HN: float32 logsumexp of every query's scores in nats, sinks counted, where the attention kernel
+                gives it; a GPU then needs one product of q and k and not two.
+            shape: how the layer treats its scores.
+            weight: 1 / layers of the group.
+        """
+        out_Bnn = self.sums_BGnn[:, group]
+        if q_NHE.is_cuda:
+            from teacher_dump.kernels.pooled_attention_triton import add_pooled_attention
 
+            add_pooled_attention(out_Bnn, q_NHE, k_NHkvE, starts_B1, self.longest, lse_HN, shape, self.block, weight)
+        else:
+            pooled_Bnn = pooled_attention(q_NHE, k_NHkvE, starts_B1.tolist(), shape, self.block, out_Bnn.shape[-1])
+            out_Bnn.add_(pooled_Bnn, alpha=weight)
 
-def _distance(queries: int, keys: int, offset: int, device: torch.device) -> Tensor:
-    """How many tokens each key lies before each query: (Q, S)."""
-    return torch.arange(offset, offset + queries, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
-
-
-@lru_cache(maxsize=8)
-def _future(queries: int, device: str) -> Tensor:
-    """0 where the key is not later than the query, -inf where it is: (Q, Q)."""
-    return torch.full((queries, queries), -torch.inf, device=device).triu_(1)
-
-
-def _sum_blocks(x: Tensor, block: int, dim: int) -> Tensor:
-    """Sums over runs of `block` along a dimension, the last run shorter where it does not divide."""
-    whole = x.shape[dim] // block
-    sums = x.narrow(dim, 0, whole * block).unflatten(dim, (whole, block)).sum(dim + 1)
-    if whole * block == x.shape[dim]:
-        return sums
-    return torch.cat([sums, x.narrow(dim, whole * block, x.shape[dim] - whole * block).sum(dim, keepdim=True)], dim)
+    def finish(self) -> Tensor:
+        """(B, G, n, n) float32."""
+        if self.units == 1:
+            return self.sums_BGnn
+        blocks = self.sums_BGnn.shape[-1] // self.units
+        return self.sums_BGnn.unflatten(3, (blocks, self.units)).sum(4).unflatten(2, (blocks, self.units)).sum(3)

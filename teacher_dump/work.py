@@ -1,0 +1,85 @@
+"""What a dump works from: teacher, plan and manifest, checked and written once before any engine starts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pipeline.cache import Cache
+from pipeline.commit import new_claim_id
+from pipeline.errors import UserError
+from pipeline.manifest import Manifest, create_or_match
+from pipeline.schema import CacheSpec, unit_name
+from pipeline.shard import DamagedShard, read_record
+from teacher_dump.plan import Plan, Unit, open_plan, store_plan
+from teacher_dump.settings import DumpConfig, resolve_engine, to_plain
+from teacher_dump.teacher import Teacher, open_teacher, write_teacher_folder
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything a unit needs besides the engine; can be pickled."""
+
+    config: DumpConfig
+    teacher: Teacher
+    plan: Plan
+    manifest: Manifest
+    spec: CacheSpec
+    cache: Path
+
+    def units(self) -> list[Unit]:
+        """All units the cache shall have, held-out ones first."""
+        heldout = [self.plan.unit(i, "heldout") for i in range(self.config.heldout_shards)]
+        return heldout + [self.plan.unit(i, "train") for i in range(self.config.shards)]
+
+
+def prepare(config: DumpConfig) -> Work:
+    """Check everything that can be checked without the engine, and write teacher folder, plan and manifest.
+
+    Raises:
+        UserError: see `DumpConfig.check`, `open_teacher`, `open_plan`, `create_or_match`.
+    """
+    teacher = open_teacher(config.teacher, config.data, config.separator)
+    config.check(teacher.facts)
+    config = replace(config, engine=resolve_engine(config.engine, config.length, teacher.facts.dtype))
+    cache = config.cache
+    cache.mkdir(parents=True, exist_ok=True)
+    plan = open_plan(cache, config.corpus, config.tokens_per_shard, config.data)
+    spec = config.spec(teacher.facts)
+    manifest = Manifest(
+        compat=config.compat_fields(teacher.facts),
+        data=config.data_fields(teacher.facts, plan.corpus_id),
+        spec=spec,
+        settings=to_plain(config),
+        teacher_path=os.path.abspath(teacher.path),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    claim = new_claim_id()
+    if (cache / "manifest.json").is_file():
+        manifest = create_or_match(cache, manifest)
+    plan.unit(config.shards - 1, "train")
+    if config.heldout_shards:
+        plan.unit(config.heldout_shards - 1, "heldout")
+    write_teacher_folder(teacher, cache, claim)
+    store_plan(cache, plan, claim)
+    return Work(config, teacher, plan, create_or_match(cache, manifest), spec, cache)
+
+
+def is_done(work: Work, unit: Unit) -> bool:
+    """Whether a unit's shard is committed: JSON, size and footer digest agree (a full hash is `verify`'s work)."""
+    path = work.cache / f"{unit_name(unit.unit)}.json"
+    if not path.is_file():
+        return False
+    try:
+        record = read_record(path)
+        with Cache(work.cache).open(record):
+            pass
+    except DamagedShard:
+        return False
+    except UserError:
+        return False
+    if (record.compat_id, record.data_id) != (work.manifest.compat_id, work.manifest.data_id):
+        raise UserError(f"{path} belongs to another cache (its identities differ): remove it and its .parquet file")
+    return True
