@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -81,7 +82,9 @@ class TrainCLI(LightningCLI):
         interactive = sys.stdout.isatty() and given.get("enable_progress_bar") is not False
         checkpoints = RunCheckpoint(run / "checkpoints", self.config.checkpoint_every)
         self.log_lines = LogLines()
-        display = TQDMProgressBar(leave=True) if interactive else self.log_lines
+        # What the bar shows must come from the device, and the host waits for it.
+        every = 20 if torch.cuda.is_available() else 1
+        display = TQDMProgressBar(refresh_rate=every, leave=True) if interactive else self.log_lines
         kwargs["enable_progress_bar"] = interactive
         kwargs["callbacks"] = [*(given.get("callbacks") or []), checkpoints, display]
         if given.get("logger") in (None, True):

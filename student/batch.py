@@ -6,6 +6,7 @@ D teacher width, M tail samples. Padding only in `packing: document` caches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -19,12 +20,12 @@ IGNORE = -100
 class Batch:
     """Tensors of B rows. Optional ones are None where the cache does not hold the column."""
 
-    sequence_id_B: Tensor  # int64
+    sequence_id_B: Tensor  # int64; stays on the CPU, where messages name it
     length_B: Tensor  # int64, valid tokens
     input_ids_BT: Tensor  # int64
     segment_ids_BT: Tensor  # int32
     target_BT: Tensor  # int64, IGNORE where there is none; position t's target is token t+1, the last one next_id
-    topk_ids_BTK: Tensor  # int64
+    topk_ids_BTK: Tensor  # int32: half of what int64 would be to copy
     topk_logits_BTK: Tensor  # float32, NaN on padding
     target_logit_BT: Tensor  # float32, NaN where there is no target
     lse_BT: Tensor  # float32
@@ -32,6 +33,7 @@ class Batch:
     attn_map_BGnn: Tensor | None = None  # float32
     hidden_BWD: Tensor | None = None  # float32
     taus: tuple[float, ...] = (1.0,)
+    tokens: int = 0  # valid ones of all rows
 
     @property
     def valid_BT(self) -> Tensor:
@@ -40,6 +42,13 @@ class Batch:
         return positions_T[None, :] < self.length_B[:, None]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return self._each(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """In pinned memory, from where a copy to a GPU runs beside its work."""
+        return self._each(lambda x: x.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) else v for k, v in values.items()}
-        return Batch(**moved)  # type: ignore[arg-type]
+        moved = {k: change(v) for k, v in values.items() if isinstance(v, Tensor) and k != "sequence_id_B"}
+        return Batch(**{**values, **moved})

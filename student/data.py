@@ -95,7 +95,7 @@ class GroupReader:
 
 
 def to_batch(columns: Columns, spec: CacheSpec) -> Batch:
-    """NumPy columns of B rows as a batch; ids become int64, maps float32."""
+    """NumPy columns of B rows as a batch; maps become float32."""
     length_B = torch.from_numpy(columns["length"].astype(np.int64))
     input_ids_BT = torch.from_numpy(columns["input_ids"].astype(np.int64))
     next_B = torch.from_numpy(columns["next_id"].astype(np.int64))
@@ -110,7 +110,7 @@ def to_batch(columns: Columns, spec: CacheSpec) -> Batch:
         input_ids_BT=input_ids_BT,
         segment_ids_BT=torch.from_numpy(columns["segment_ids"]),
         target_BT=target_BT,
-        topk_ids_BTK=torch.from_numpy(columns["topk_ids"].astype(np.int64)),
+        topk_ids_BTK=torch.from_numpy(columns["topk_ids"].astype(np.int32)),
         topk_logits_BTK=torch.from_numpy(columns["topk_logits"]),
         target_logit_BT=torch.from_numpy(columns["target_logit"]),
         lse_BT=torch.from_numpy(columns["lse"]),
@@ -118,6 +118,7 @@ def to_batch(columns: Columns, spec: CacheSpec) -> Batch:
         attn_map_BGnn=torch.from_numpy(columns["attn_map"].astype(np.float32)) if "attn_map" in columns else None,
         hidden_BWD=torch.from_numpy(columns["hidden"]) if "hidden" in columns else None,
         taus=spec.taus,
+        tokens=int(length_B.sum()),
     )
 
 
@@ -161,10 +162,12 @@ class TrainLoader:
         if self.done >= len(self):
             self.epoch, self.done = self.epoch + 1, 0
         epoch, skip = self.epoch, self.done
+        on_gpu = torch.cuda.is_available()
 
         def make() -> Iterator[Batch]:
             for cache, rows in self.plan(epoch, skip):
-                yield self.readers[cache].batch(rows[self.rank :: self.ranks])
+                batch = self.readers[cache].batch(rows[self.rank :: self.ranks])
+                yield batch.pin_memory() if on_gpu else batch
 
         for batch in ahead(make, PREFETCH_BATCHES):
             self.done += 1

@@ -134,7 +134,7 @@ def heldout(cache: Cache, options: EvaluateOptions) -> Iterator[Batch]:
 def first_rows(batch: Batch, rows: int) -> Batch:
     """The first rows of a batch."""
     values: dict[str, Any] = {k: v[:rows] if isinstance(v, Tensor) else v for k, v in vars(batch).items()}
-    return Batch(**values)
+    return Batch(**{**values, "tokens": int(values["length_B"].sum())})
 
 
 def count_tokens(cache: Cache, limit: int) -> tuple[Tensor, int]:

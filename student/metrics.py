@@ -37,7 +37,7 @@ class Positions:
         keep_BT = torch.isfinite(batch.target_logit_BT)
         return Positions(
             target_N=batch.target_BT[keep_BT],
-            topk_ids_NK=batch.topk_ids_BTK[keep_BT],
+            topk_ids_NK=batch.topk_ids_BTK[keep_BT].long(),
             topk_logits_NK=batch.topk_logits_BTK[keep_BT],
             log_tail_N=log_tail_at(batch.log_tail_BTR[keep_BT], batch.taus, 1.0),
             teacher_ce_N=(batch.lse_BT - batch.target_logit_BT)[keep_BT],

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from student.batch import IGNORE, Batch
+from student.finite import FiniteWatch
 from student.losses.attention import Sign, Sinks, attention_alignment
 from student.losses.frobenius import frobenius, require_hidden
 from student.losses.fused import Head, KDSums, TeacherTopK, fused_kd_sums
@@ -160,6 +161,7 @@ class DistillModule(LightningModule):
         self._tokens, self._since = 0, time.perf_counter()
         self._heldout: list[Tensor] = []
         self._batch_ids: list[int] = []
+        self._watch = FiniteWatch()
 
     def configure_model(self) -> None:
         """Build the student from the data module's teacher, once."""
@@ -195,7 +197,9 @@ class DistillModule(LightningModule):
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.optimizer.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.optimizer.lr, betas=self.optimizer.betas)
+        # Fused: a pass over the weights, and one that can be told on the device to leave them alone (`FiniteWatch`).
+        fused = True if all(p.is_cuda for p in trained) else None
+        optimizer = torch.optim.AdamW(groups, lr=self.optimizer.lr, betas=self.optimizer.betas, fused=fused)
         total = self.total_steps()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optimizer.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -247,7 +251,7 @@ class DistillModule(LightningModule):
             )
             loss = loss + config.gamma * term
             logged["train/attention"] = term.detach()
-        self._require_finite("loss", loss.detach())
+        self._watch.loss(loss.detach(), self.trainer.global_step, self._batch_ids)
         logged["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict(logged)
         self.log("train/loss", loss.detach(), prog_bar=True)
@@ -257,11 +261,17 @@ class DistillModule(LightningModule):
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.trainer.scaler is None:  # float16's loss scaler meets infinities by itself
-            self._require_finite("gradient norm", norm)
+            self._watch.gradients(norm, optimizer)
         self.log("grad_norm", norm)
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device, non_blocking=True)
+
+    def on_train_end(self) -> None:
+        self._watch.wait()
+
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        self._tokens += int(batch.length_B.sum()) * self.trainer.world_size
+        self._tokens += batch.tokens * self.trainer.world_size
         self.log("tokens_per_second", self._tokens / (time.perf_counter() - self._since), prog_bar=True)
         every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if self.trainer.global_step % every == 0:
@@ -283,6 +293,7 @@ class DistillModule(LightningModule):
         self._tokens, self._since = 0, time.perf_counter()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._watch.wait()
         checkpoint["compat_id"] = self._data.compat_id
         checkpoint["step_counter"] = self.counter.state_dict()
 
@@ -314,6 +325,8 @@ class DistillModule(LightningModule):
         facts = self.model.facts
         log_tail_BT = batch.log_tail_BTR[..., 0] if weight_kl == 0 else log_tail_at(batch.log_tail_BTR, batch.taus, tau)
         topk_ids_NK, topk_logits_NK = batch.topk_ids_BTK.flatten(0, 1), batch.topk_logits_BTK.flatten(0, 1)
+        if not topk_ids_NK.is_cuda:  # the GPU's kernel reads int32, torch's gather does not
+            topk_ids_NK = topk_ids_NK.long()
         teacher = TeacherTopK(topk_ids_NK, topk_logits_NK, log_tail_BT.flatten())
         return fused_kd_sums(
             h_BTD.flatten(0, 1),
@@ -331,11 +344,3 @@ class DistillModule(LightningModule):
         if self.trainer.world_size == 1:
             return count.float()
         return self.all_gather(count.float()).mean()  # type: ignore[union-attr, return-value]
-
-    def _require_finite(self, what: str, value: Tensor) -> None:
-        if not bool(torch.isfinite(value)):
-            raise UserError(
-                f"the {what} is {float(value)} at step {self.trainer.global_step} on sequences {self._batch_ids}: "
-                "training stopped before the weights were touched; lower --model.optimizer.lr or set "
-                "--trainer.gradient_clip_val, or look at these rows with inspect"
-            )

@@ -10,7 +10,8 @@ m only scales c and n alike, so y does not depend on it and its gradient is zero
 
 The package has two cells for this, `vanilla` (a Python loop that autograd records) and `cuda` (compiled at first use),
 which lay the same parameters out differently. `ScanCell` keeps vanilla's layout always, so a checkpoint is the same
-wherever it was written, and lays the parameters out for the CUDA kernel at each call. Elsewhere it runs `slstm_scan`.
+wherever it was written. On a GPU it runs `slstm_triton`, or the CUDA kernel for heads wider than that takes, laying the
+parameters out at each call; elsewhere `slstm_scan`.
 
 Legend: T tokens, B rows, H heads, d head width, g = 4·d: the gates i, f, z, o of one head, in
 that order.
@@ -29,6 +30,8 @@ from xlstm import sLSTMBlock, sLSTMLayerConfig
 from xlstm.blocks.slstm.cell import DTYPES, sLSTMCell_vanilla, sLSTMCellConfig, sLSTMCellFuncGenerator
 
 from student.mlstm import conv_inputs, last_inputs
+
+WIDEST_TRITON_HEAD = 128
 
 
 class _Scan(torch.autograd.Function):
@@ -127,10 +130,10 @@ def _compiled_kernel(hidden_size: int, heads: int, dtype: DTYPES) -> type[torch.
 
 
 class ScanCell(sLSTMCell_vanilla):
-    """The package's vanilla cell, parameters and all, computed by the CUDA kernel or by `slstm_scan`.
+    """The package's vanilla cell, parameters and all, computed by one of three forms of the recurrence.
 
-    The kernel needs nvcc and ninja at its first use (25 to 50 s for each shape and precision); a single step, as in
-    generation, never uses it.
+    The package's kernel needs nvcc and ninja at its first use (25 to 50 s for each shape and precision); a single step,
+    as in generation, never uses it.
     """
 
     def forward(self, input: Tensor, state: Tensor | None = None, lengths: None = None) -> tuple[Tensor, Tensor]:
@@ -141,6 +144,12 @@ class ScanCell(sLSTMCell_vanilla):
         dtype = torch.promote_types(input.dtype, torch.float32)
         if state is None:
             state = input.new_zeros(4, batch, heads * width, dtype=dtype)
+        if input.is_cuda and length > 1 and width <= WIDEST_TRITON_HEAD:
+            from student.slstm_triton import slstm_recurrence
+
+            R_Hgd, bias_G = self._recurrent_kernel_, self._bias_.flatten()
+            y_BTHd, state = slstm_recurrence(input, R_Hgd, bias_G, state.float())
+            return y_BTHd.transpose(1, 2), state
         if input.is_cuda and length > 1:
             y_TBHd, state = self._cuda_kernel(input_TB4Hd, state)
         else:

@@ -1,7 +1,7 @@
 """Head, cross-entropy, KL_{K+1} and the gradient to the hidden state in one pass over chunks of tokens.
 
 The frozen head needs no weight gradient, so each chunk's logits die as soon as their gradient has been multiplied back:
-N x V never exists. `sparse_kd.py` is the same in plain PyTorch; a GPU kernel replaces `_chunk` one for one.
+N x V never exists. `sparse_kd.py` is the same in plain PyTorch; on a GPU `fused_triton.py` does the work of `_chunk`.
 
 Legend: N positions, V vocabulary, D width, K top-k ids; C rows of one chunk.
 """
@@ -73,7 +73,8 @@ def fused_kd_sums(
             the first product is float32 (float64 for float64 input).
     """
     valid_N = target_N != IGNORE
-    if not bool(valid_N.all()):
+    # The GPU's kernel passes over such rows by itself, so the host need not wait to learn whether there are any.
+    if not h_ND.is_cuda and not bool(valid_N.all()):
         h_ND, target_N = h_ND[valid_N], target_N[valid_N]
         teacher = TeacherTopK(teacher.ids_NK[valid_N], teacher.logits_NK[valid_N], teacher.log_tail_N[valid_N])
     if matmul_dtype is None:
@@ -101,7 +102,7 @@ class _FusedKD(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_gradient = ctx.needs_input_grad[0]
         out_dtype = torch.float64 if h_ND.dtype == torch.float64 else torch.float32
-        # A CPU is fastest when the element-wise passes stay in its cache, a GPU when each is one launch.
+        # A CPU is fastest when the element-wise passes stay in its cache; elsewhere (float64 on a GPU) one launch each.
         step = _CPU_BLOCK_ROWS if h_ND.device.type == "cpu" else chunk_rows
         head_VD = head.weight_VD.to(matmul_dtype)
         grad_ND = torch.empty_like(h_ND) if wants_gradient else None
@@ -113,6 +114,15 @@ class _FusedKD(torch.autograd.Function):
             for start in range(0, h_ND.shape[0], chunk_rows):
                 h_CD = h_ND[start : start + chunk_rows].to(matmul_dtype)
                 z_CV = torch.mm(h_CD, head_VD.T, out=buffer_CV[: h_CD.shape[0]])
+                if h_ND.is_cuda and out_dtype == torch.float32:
+                    at = slice(start, start + z_CV.shape[0])
+                    ce_C, kl_C = _gpu_rows(z_CV, head, target_N, teacher, at, weight_ce, weight_kl, tau, wants_gradient)
+                    ce += ce_C.sum()
+                    if kl_C is not None:
+                        kl += kl_C.sum()
+                    if grad_ND is not None:
+                        grad_ND[at] = z_CV @ head_VD
+                    continue
                 for first in range(0, z_CV.shape[0], step):
                     at = slice(start + first, start + min(first + step, z_CV.shape[0]))
                     some = TeacherTopK(teacher.ids_NK[at], teacher.logits_NK[at], teacher.log_tail_N[at])
@@ -138,6 +148,25 @@ class _FusedKD(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Any, ...]:
         (grad_ND,) = ctx.saved_tensors
         return (grad_ND * grad_total.to(grad_ND.dtype), *([None] * 8))
+
+
+def _gpu_rows(
+    z_CV: Tensor,
+    head: Head,
+    target_N: Tensor,
+    teacher: TeacherTopK,
+    at: slice,
+    weight_ce: float,
+    weight_kl: float,
+    tau: float,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    from student.losses.fused_triton import kd_rows_  # Triton is not everywhere
+
+    parts = teacher.ids_NK[at], teacher.logits_NK[at], teacher.log_tail_N[at]
+    return kd_rows_(
+        z_CV, target_N[at], *parts, weight_ce, weight_kl, tau, wants_gradient, head.logit_scale, head.soft_cap
+    )
 
 
 def _after_head(raw_CV: Tensor, head: Head) -> Tensor:

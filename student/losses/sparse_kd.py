@@ -64,10 +64,11 @@ def log_tail_at(log_tail_NR: Tensor, taus: Sequence[float], tau: float) -> Tenso
     """
     if log_tail_NR.shape[-1] != len(taus):
         raise ValueError(f"log_tail has {log_tail_NR.shape[-1]} columns for {len(taus)} temperatures")
-    weights_R = torch.tensor(interpolation_weights(taus, tau), dtype=log_tail_NR.dtype, device=log_tail_NR.device)
     empty_N = torch.isneginf(log_tail_NR).any(-1)
     # 0 * inf would be NaN where a weight is zero or two have opposite signs.
-    tail_N = (log_tail_NR.masked_fill(torch.isneginf(log_tail_NR), 0.0) * weights_R).sum(-1)
+    finite_NR = log_tail_NR.masked_fill(torch.isneginf(log_tail_NR), 0.0)
+    weighted = [finite_NR[..., r] * weight for r, weight in enumerate(interpolation_weights(taus, tau)) if weight]
+    tail_N = torch.stack(weighted).sum(0)  # weights as numbers: a tensor of them would have to be copied to a GPU
     return tail_N.masked_fill(empty_N, -math.inf)
 
 
