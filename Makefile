@@ -10,6 +10,7 @@ RUN = runs/$(STUDENT)
 SHARD ?= 0
 PROMPT ?= The history of science is
 GPUS ?=
+TP ?=
 DEVICE ?=
 ARGS ?=
 
@@ -20,15 +21,13 @@ override PROMPT := $(value PROMPT)
 export PROMPT
 export HF_HUB_DISABLE_TELEMETRY = 1
 export VLLM_NO_USAGE_STATS = 1
-export TOKENIZERS_PARALLELISM = false
-
 # PROMPT travels by environment, literally: a prompt may hold quotes and dollar signs.
-# GPUS=4 starts four dumps, one a GPU, that share the shards out among themselves.
-EACH_GPU = $(if $(GPUS),seq 0 $$(($(GPUS) - 1)) | xargs -P $(GPUS) -I@ env CUDA_VISIBLE_DEVICES=@)
+
+ENGINES = $(if $(GPUS),--gpus $(GPUS)) $(if $(TP),--engine.tensor_parallel $(TP))
 AGAIN = $(MAKE) --no-print-directory ARGS=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready demo test lint dump-teacher first-dump train-student eval generate inspect verify report clean
+.PHONY: help setup ready demo test lint dump-teacher first-dump train-student eval generate inspect verify report bench clean
 
 help: ## show this
 	@echo "make TARGET [VARIABLE=value ...]"; echo
@@ -41,7 +40,8 @@ help: ## show this
 	  RUN '$(RUN)' 'folder of the training run' \
 	  SHARD '$(SHARD)' 'shard that inspect shows' \
 	  PROMPT "$$PROMPT" 'text that generate continues' \
-	  GPUS '$(or $(GPUS),all there are)' 'GPUs to use; dump-teacher uses one unless told' \
+	  GPUS '$(or $(GPUS),all there are)' 'GPUs to use; dump-teacher uses one engine unless told' \
+	  TP '$(or $(TP),1)' 'GPUs that dump-teacher spreads one teacher over' \
 	  DEVICE '$(or $(DEVICE),what the machine has)' 'cpu or cuda: which packages set-up installs' \
 	  ARGS '$(or $(ARGS),none)' 'further options, passed on to the command'
 
@@ -59,7 +59,7 @@ demo: ready ## a small dump, a short training, its evaluation and report
 	@$(PY) -m pipeline summary --cache caches/demo --run runs/demo
 
 test: lint ## lint, types and every test
-	$(PY) -m mypy pipeline teacher_dump student
+	$(PY) -m mypy pipeline teacher_dump student benchmarks
 	$(PY) -m pytest -q $(ARGS)
 
 lint: ready ## ruff: rules and format
@@ -67,7 +67,7 @@ lint: ready ## ruff: rules and format
 	$(PY) -m ruff format --check .
 
 dump-teacher: ready ## run the teacher once over the corpus; goes on where it stopped
-	$(EACH_GPU) $(PY) -m teacher_dump --manifest manifests/dumps/$(DUMP).yaml --shards $(SHARDS) --cache $(CACHE) $(ARGS)
+	$(PY) -m teacher_dump --manifest manifests/dumps/$(DUMP).yaml --shards $(SHARDS) --cache $(CACHE) $(ENGINES) $(ARGS)
 
 first-dump: ready
 	@$(if $(filter file,$(origin CACHE)),test -e $(CACHE)/manifest.json || $(AGAIN) dump-teacher,:)
@@ -90,5 +90,8 @@ verify: ready ## check every byte and number of a cache
 report: ready ## one HTML page on cache and run
 	@$(PY) -m pipeline report --cache $(CACHE) --run $(RUN) $(ARGS)
 
+bench: ready ## measure: storage, and on a GPU kernels and dump throughput; tables and benchmarks/results
+	$(PY) -m benchmarks
+
 clean: ## remove what tools left behind; environment, data, caches and runs stay
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info && find pipeline teacher_dump student tests scripts -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info && find pipeline teacher_dump student benchmarks tests scripts -name __pycache__ -prune -exec rm -rf {} +

@@ -7,6 +7,10 @@ import os
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
+
+if not torch.cuda.is_available():  # must stand before Triton is imported: kernels are then run in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)

@@ -9,10 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from pipeline.cache import Cache
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORDS = "the a river stone light of and runs under cold bridge where two old men speak about rain 1 27 404".split()
+SHARDS = 24
+"""Enough that an interruption after the first shard still finds work left."""
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -79,3 +84,24 @@ def dump(teacher: Path, corpus: Path, cache: Path, shards: int, *more: str) -> s
     """Run a toy dump to its end."""
     command = dump_command(teacher, corpus, cache, shards, *more)
     return subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+
+
+def rows(cache: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Every column of every shard, by shard name."""
+    opened = Cache(cache)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for split in ("train", "heldout"):
+        for record in opened.shards(split):
+            with opened.open(record) as shard:
+                assert shard.row_groups == 1
+                found[record.name] = shard.read_group(0)
+    return found
+
+
+def assert_same_rows(a: dict[str, dict[str, np.ndarray]], b: dict[str, dict[str, np.ndarray]]) -> None:
+    for name in a.keys() & b.keys():
+        for column in a[name]:
+            if column == "doc_ids":
+                assert a[name][column] == b[name][column], name
+            else:
+                np.testing.assert_array_equal(a[name][column], b[name][column], err_msg=f"{name} {column}")

@@ -74,11 +74,13 @@ class Reference:
     hidden_LD: Tensor  # mean over the outputs of blocks 1..L, the last normed
 
 
-def hugging_face(model: Path, rows: list[PackedRow], length: int, block: int, groups: int) -> list[Reference]:
-    """Run the rows one by one through `attn_implementation="eager"` in float32."""
+def hugging_face(
+    model: Path, rows: list[PackedRow], length: int, block: int, groups: int, dtype: torch.dtype = torch.float32
+) -> list[Reference]:
+    """Run the rows one by one through `attn_implementation="eager"`."""
     from transformers import AutoModelForCausalLM
 
-    teacher = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    teacher = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager").eval()
     references = []
     for row in rows:
         ids_1L = torch.from_numpy(row.input_ids_L.astype(np.int64))[None]

@@ -9,52 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_dump import REPOSITORY, dump, dump_command, environment, write_toy_corpus, write_toy_teacher
-
-from pipeline.cache import Cache
-
-SHARDS = 24
-"""Enough that an interruption after the first shard still finds work left."""
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_corpus(tmp_path_factory.mktemp("corpus") / "toy.jsonl", documents=1500)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of SHARDS shards dumped without interruption."""
-    cache = tmp_path_factory.mktemp("undisturbed")
-    done = dump(teacher, corpus, cache, SHARDS)
-    assert done.returncode == 0, done.stderr
-    return cache
-
-
-def rows(cache: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Every column of every shard, by shard name."""
-    opened = Cache(cache)
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for split in ("train", "heldout"):
-        for record in opened.shards(split):
-            with opened.open(record) as shard:
-                assert shard.row_groups == 1
-                found[record.name] = shard.read_group(0)
-    return found
-
-
-def assert_same_rows(a: dict[str, dict[str, np.ndarray]], b: dict[str, dict[str, np.ndarray]]) -> None:
-    for name in a.keys() & b.keys():
-        for column in a[name]:
-            if column == "doc_ids":
-                assert a[name][column] == b[name][column], name
-            else:
-                np.testing.assert_array_equal(a[name][column], b[name][column], err_msg=f"{name} {column}")
+from helpers_dump import REPOSITORY, SHARDS, assert_same_rows, dump, dump_command, environment, rows
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_values_are_the_shards(cache: Cache) -> None:
             ):
                 assert tensor is not None
                 np.testing.assert_array_equal(tensor[row].numpy(), wanted[column], err_msg=column)
-        assert (batch.topk_ids_BTK.dtype, batch.attn_map_BGnn.dtype) == (torch.int64, torch.float32)  # type: ignore[union-attr]
+        assert (batch.topk_ids_BTK.dtype, batch.attn_map_BGnn.dtype) == (torch.int32, torch.float32)  # type: ignore[union-attr]
 
 
 def test_target_is_the_next_token_also_at_the_last_position(cache: Cache) -> None:

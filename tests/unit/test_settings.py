@@ -108,6 +108,7 @@ def data_id(config: DumpConfig, corpus: str = "text") -> str:
         {"data": Path("elsewhere")},
         {"teacher": "another/name/for/it"},
         {"seed": 5},  # draws nothing without tail samples
+        {"gpus": 8},
         {"corpus": CorpusConfig("moved/a.txt", hub_revision="abc", max_document_bytes=1 << 30)},
         {"engine": EngineOptions(gpu_memory_utilization=0.5, quiet=False)},
     ],

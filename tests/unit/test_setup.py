@@ -290,8 +290,8 @@ def test_training_dumps_first_only_into_the_default_cache() -> None:
     assert "dump" not in make("-n", "train-student", "CACHE=elsewhere/mine")
 
 
-def test_several_gpus_get_a_process_each() -> None:
-    line = make("-n", "dump-teacher", "GPUS=3", "SHARDS=7").splitlines()[-1]
-    assert line.startswith("seq 0 $((3 - 1)) | xargs -P 3 -I@ env CUDA_VISIBLE_DEVICES=@ ")
-    assert "--shards 7" in line
-    assert "xargs" not in make("-n", "dump-teacher")
+def test_gpus_and_their_division_reach_the_dump() -> None:
+    line = make("-n", "dump-teacher", "GPUS=4", "TP=2", "SHARDS=7").splitlines()[-1]
+    assert "--shards 7" in line and "--gpus 4 --engine.tensor_parallel 2" in line
+    line = make("-n", "dump-teacher").splitlines()[-1]
+    assert "--gpus" not in line and "tensor_parallel" not in line

@@ -1,0 +1,31 @@
+"""`python -m benchmarks`: every benchmark that this machine can run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from benchmarks.measured import device_name
+
+
+def main() -> int:
+    import torch
+
+    names = ["storage"]
+    if torch.cuda.is_available():
+        names += ["kernels", "dump_throughput"]
+    else:
+        print(f"{device_name()}: no CUDA device, so kernels and dump_throughput are left out")
+    shapes = {"dump_throughput": ["--shapes", "qwen2.5-1.5b", "llama-3.1-8b", "--model", "data/smollm2-135m"]}
+    failed = [
+        name
+        for name in names
+        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *shapes.get(name, [])]).returncode
+    ]
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
