@@ -27,7 +27,7 @@ ENGINES = $(if $(GPUS),--gpus $(GPUS)) $(if $(TP),--engine.tensor_parallel $(TP)
 AGAIN = $(MAKE) --no-print-directory ARGS=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready demo test lint dump-teacher first-dump train-student eval generate inspect verify report bench clean
+.PHONY: help setup ready demo test lint dump-teacher first-dump train-student eval generate inspect verify report bench chaos clean
 
 help: ## show this
 	@echo "make TARGET [VARIABLE=value ...]"; echo
@@ -92,6 +92,9 @@ report: ready ## one HTML page on cache and run
 
 bench: ready ## measure: storage, and on a GPU kernels and dump throughput; tables and benchmarks/results
 	$(PY) -m benchmarks
+
+chaos: ready ## harm caches, checkpoints and writers on purpose and count what goes wrong (about an hour)
+	PYTHONPATH=.:tests $(PY) -m chaos --json benchmarks/results/chaos.json $(ARGS)
 
 clean: ## remove what tools left behind; environment, data, caches and runs stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info && find pipeline teacher_dump student benchmarks tests scripts -name __pycache__ -prune -exec rm -rf {} +
