@@ -1,1 +1,1 @@
-"""Harm done on purpose to caches, checkpoints and the processes that write them; `make chaos` prints what came of it."""
+"""Harm done on purpose to caches, checkpoints and their writers; `make chaos` prints what came of it."""

@@ -13,7 +13,6 @@ from importlib import import_module
 from pathlib import Path
 
 from chaos.figure import Figure
-
 from pipeline.commit import commit_json
 
 PARTS = {
