@@ -1,27 +1,35 @@
 """How every file of a cache or run becomes visible: all of it, checked, or not at all.
 
-The protocol (one place, used for shards, JSON, plans, teacher folders and reports):
+The protocol (one place, used for shards, JSON, plans, teacher folders, checkpoints and reports). On a file system:
 
-    temporary name with the claim's id -> write -> close -> read back -> sha256 -> fsync -> rename -> fsync the folder
+    temporary name with the claim's id -> write -> close -> fsync -> forget cached pages -> read back: sha256 of what
+    was meant, and page checksums -> rename -> fsync the folder
 
-A reader therefore never sees a half-written file under a final name. JSON files end with a digest of their own
-content, so that a damaged one is told from a good one.
+On an object store (any fsspec URL), which has no rename but shows an object only when its upload is complete:
+
+    write beside -> check -> upload under the final name -> read back: sha256 of what was meant
+
+A shard's JSON is committed after its Parquet file, so on both a reader never sees a half-written file under a name it
+looks for. JSON files end with a digest of their own content, so that a damaged one is told from a good one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import secrets
 import socket
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.errors import UserError
+from pipeline.store import is_remote, upload
 
 CHUNK_BYTES = 1 << 20
 
@@ -52,7 +60,7 @@ def temporary_path(final: Path, claim: str) -> Path:
 def file_sha256(path: Path, start: int = 0, length: int | None = None) -> str:
     """Hex sha256 of a file, or of `length` bytes of it from `start`."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         file.seek(start)
         left = length
         while left is None or left > 0:
@@ -62,6 +70,40 @@ def file_sha256(path: Path, start: int = 0, length: int | None = None) -> str:
             digest.update(block)
             left = None if left is None else left - len(block)
     return digest.hexdigest()
+
+
+class DigestingFile:
+    """A file open for writing that takes the sha256 of what it is told to write, whatever the disk makes of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] = open(path, "wb")  # noqa: SIM115 - closed by whoever opened this
+        self._digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> DigestingFile:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
 
 def fsync_folder(folder: Path) -> None:
@@ -75,7 +117,7 @@ def fsync_folder(folder: Path) -> None:
 
 def commit_file(
     final: Path,
-    write: Callable[[Path], None],
+    write: Callable[[Path], object],
     *,
     claim: str | None = None,
     check: Callable[[Path], None] | None = None,
@@ -84,30 +126,48 @@ def commit_file(
     """Write `final` by the protocol above.
 
     Args:
-        final: the name readers see.
-        write: writes and closes the temporary file whose path it is given.
+        final: the name readers see, on a file system or an object store.
+        write: writes and closes the temporary file whose path it is given; may return the hex sha256 of what it meant
+            to write (a str), which is then compared with what is read back.
         claim: the writer's id; a new one if None.
-        check: reads the closed temporary back and raises if it is not what was meant.
+        check: looks at the closed temporary and raises if it is not what was meant.
         exclusive: raise FileExistsError instead of replacing an existing `final`.
 
     Raises:
-        OSError: from the file system; `final` is untouched and the temporary removed where that is possible.
+        OSError: from the file system or store, or EIO where what was written reads back differently; `final` is
+            untouched (on a store: not the new file) and the temporary removed where that is possible.
     """
+    if is_remote(final):
+        with tempfile.TemporaryDirectory(prefix="distil-xlstm-") as scratch:
+            temporary = Path(scratch) / final.name
+            digest = _written(temporary, write, check)
+            upload(temporary, final, digest.sha256, exclusive=exclusive)
+        return digest
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(final, claim or new_claim_id())
     try:
-        write(temporary)
-        if check is not None:
-            check(temporary)
-        digest = FileDigest(temporary.stat().st_size, file_sha256(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        digest = _written(temporary, write, check)
         publish(temporary, final, exclusive=exclusive)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
     return digest
+
+
+def _written(path: Path, write: Callable[[Path], object], check: Callable[[Path], None] | None) -> FileDigest:
+    """Write a file, bring it to the disk, and look at what is there."""
+    meant = write(path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # so that it is read from the disk, not from memory
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    found = file_sha256(path)
+    if isinstance(meant, str) and found != meant:
+        raise OSError(errno.EIO, "what was written reads back differently: the disk is not to be trusted", str(path))
+    if check is not None:
+        check(path)
+    return FileDigest(path.stat().st_size, found)
 
 
 def publish(temporary: Path, final: Path, *, exclusive: bool = False) -> None:
@@ -121,17 +181,13 @@ def publish(temporary: Path, final: Path, *, exclusive: bool = False) -> None:
 
 
 def commit_bytes(final: Path, data: bytes, *, claim: str | None = None, exclusive: bool = False) -> FileDigest:
-    """Commit a file that is already in memory; the read-back compares every byte."""
+    """Commit a file that is already in memory."""
 
-    def check(path: Path) -> None:
-        if path.read_bytes() != data:
-            raise OSError(5, "what was written reads back differently", str(path))
+    def write(path: Path) -> str:
+        path.write_bytes(data)
+        return hashlib.sha256(data).hexdigest()
 
-    return commit_file(final, lambda path: _write_bytes(path, data), claim=claim, check=check, exclusive=exclusive)
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    return commit_file(final, write, claim=claim, exclusive=exclusive)
 
 
 def canonical_json(value: Any) -> bytes:

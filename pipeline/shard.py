@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.commit import commit_file, commit_json, file_sha256, read_json
+from pipeline.commit import DigestingFile, commit_file, commit_json, file_sha256, read_json
 from pipeline.errors import UserError, one_line
 from pipeline.schema import CacheSpec, unit_name
 
@@ -65,12 +65,14 @@ def to_table(spec: CacheSpec, schema: pa.Schema, columns: Columns) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def write_parquet(path: Path, spec: CacheSpec, metadata: dict[str, Any], groups: Iterable[Columns]) -> None:
-    """Write row groups to `path`. Each item of `groups` becomes one row group."""
+def write_parquet(path: Path, spec: CacheSpec, metadata: dict[str, Any], groups: Iterable[Columns]) -> str:
+    """Write row groups to `path` and return the sha256 of what was written. Each item of `groups` is one row group."""
     schema = spec.arrow_schema(metadata)
-    with pq.ParquetWriter(path, schema, **spec.write_options()) as writer:
-        for columns in groups:
-            writer.write_table(to_table(spec, schema, columns))
+    with DigestingFile(path) as file:
+        with pq.ParquetWriter(file, schema, **spec.write_options()) as writer:
+            for columns in groups:
+                writer.write_table(to_table(spec, schema, columns))
+        return file.sha256()
 
 
 def footer_sha256(path: Path) -> str:
@@ -80,7 +82,7 @@ def footer_sha256(path: Path) -> str:
         DamagedShard: the file is too short or does not end as Parquet does.
     """
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         file.seek(max(0, size - 8))
         tail = file.read(8)
     length = int.from_bytes(tail[:4], "little")

@@ -136,7 +136,8 @@ class TrainCLI(LightningCLI):
         else:
             say(f"training {self.run_folder}: {total} steps of {self.datamodule.batch_rows} rows")
         try:
-            self.trainer.fit(self.model, self.datamodule, ckpt_path=str(last) if self.resume_step else None)
+            place = str(last) if self.resume_step else None
+            self.trainer.fit(self.model, self.datamodule, ckpt_path=place, weights_only=True)
         except Interrupted as interrupted:
             say(
                 f"stopped at step {self.trainer.global_step} of {total}, saved in {last}: "

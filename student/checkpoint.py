@@ -19,6 +19,7 @@ from pipeline.commit import commit_json, read_json
 from pipeline.errors import UserError
 from pipeline.teacher_folder import TeacherFolder
 from student.model import DistilXLSTM, StudentConfig
+from student.seal import check_seal
 
 PREFIX = "model."
 
@@ -121,6 +122,7 @@ def load_student(run: Path, checkpoint: str = "last") -> tuple[DistilXLSTM, Teac
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
+    check_seal(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         state = content["state_dict"]

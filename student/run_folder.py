@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.commit import commit_bytes, commit_file, commit_json, read_json
 from pipeline.errors import UserError
+from student.seal import check_seal
 
 FIXED_TRAINER_OPTIONS = (
     "max_epochs",
@@ -113,6 +114,7 @@ def steps_done(checkpoint: Path) -> int:
     Raises:
         UserError: the file is damaged.
     """
+    check_seal(checkpoint)
     try:
         return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
     except Exception as error:  # torch raises many kinds on a damaged file
