@@ -20,6 +20,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 import tempfile
@@ -195,16 +196,15 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-def json_digest(record: dict[str, Any]) -> str:
-    """sha256 of a record without its own `digest` field."""
-    content = {k: v for k, v in record.items() if k != "digest"}
-    return hashlib.sha256(canonical_json(content)).hexdigest()
+DIGEST_END = re.compile(rb',\n "digest": "([0-9a-f]{64})"\n}\n\Z')
+"""The last line of a JSON file: the sha256 of all bytes before it."""
 
 
 def commit_json(final: Path, record: dict[str, Any], *, claim: str | None = None, exclusive: bool = False) -> None:
-    """Commit a JSON object with a digest of itself as its last field."""
-    text = json.dumps({**record, "digest": json_digest(record)}, indent=1, ensure_ascii=False, allow_nan=False)
-    commit_bytes(final, (text + "\n").encode(), claim=claim, exclusive=exclusive)
+    """Commit a JSON object, not an empty one, with a digest of itself as its last field."""
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}").encode()
+    digest = hashlib.sha256(text).hexdigest()
+    commit_bytes(final, text + f',\n "digest": "{digest}"\n}}\n'.encode(), claim=claim, exclusive=exclusive)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -214,13 +214,17 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file is missing, is no JSON object, or its digest does not match its content.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        intact = isinstance(record, dict) and record.get("digest") == json_digest(record)
+        data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except ValueError as error:  # also NaN and broken UTF-8, which no digest can be taken over
-        raise UserError(f"{path} is not valid JSON ({error}): it was damaged; restore it from a copy") from None
-    if not intact:
+    end = DIGEST_END.search(data, max(0, len(data) - 128))
+    if end is None or hashlib.sha256(data[: end.start()]).hexdigest().encode() != end[1]:
         raise UserError(f"{path} does not match the digest at its end: it was damaged or edited; restore it")
+    try:
+        record = json.loads(data)
+    except ValueError as error:  # a digest that matches does not make it JSON
+        raise UserError(f"{path} is not valid JSON ({error}): it was damaged; restore it from a copy") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path} holds no JSON object: something else wrote it; restore it from a copy")
     del record["digest"]
     return record
