@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 from safetensors import safe_open
 
-from pipeline.commit import read_json
+from pipeline.commit import file_sha256, read_json
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # inspection and verification start fast without torch
@@ -71,11 +71,17 @@ class TeacherFolder:
         self.files: dict[str, dict[str, Any]] = record["files"]
 
     def _whole(self, name: str) -> Path:
-        """The path of a file that `teacher.json` lists; its digest is looked at by `verify`, its size here."""
-        path, wanted = self.path / name, self.files[name]["bytes"]
+        """The path of a file that `teacher.json` lists, once its size and sha256 have been looked at."""
+        path, wanted = self.path / name, self.files[name]
         size = path.stat().st_size if path.is_file() else None
-        if size != wanted:
-            found = "is missing" if size is None else f"has {size} bytes, teacher.json says {wanted}"
+        found = None
+        if size is None:
+            found = "is missing"
+        elif size != wanted["bytes"]:
+            found = f"has {size} bytes, teacher.json says {wanted['bytes']}"
+        elif file_sha256(path) != wanted["sha256"]:
+            found = "does not match its sha256 in teacher.json"
+        if found:
             raise UserError(f"{path} {found}: restore it, or remove {self.path} and run the dump again")
         return path
 
