@@ -111,7 +111,8 @@ def commit_shard(
         describe: called once after the last group; returns the `ShardRecord` fields that the rows decide (a dict).
         claim: the writer's id.
     """
-    final = folder / f"{unit_name(unit)}.parquet"
+    final, record_path = folder / f"{unit_name(unit)}.parquet", folder / f"{unit_name(unit)}.json"
+    record_path.unlink(missing_ok=True)  # a damaged shard is dumped again: it must not be seen half replaced
     digest = commit_file(
         final,
         lambda path: write_parquet(path, spec, metadata, groups),
@@ -126,7 +127,7 @@ def commit_shard(
         footer_sha256=footer_sha256(final),
         **describe(),
     )
-    commit_json(folder / f"{unit_name(unit)}.json", asdict(record), claim=claim)
+    commit_json(record_path, asdict(record), claim=claim)
     return record
 
 
