@@ -9,6 +9,7 @@ from pipeline.errors import UserError
 from pipeline.manifest import read_manifest
 from pipeline.schema import HELDOUT_UNIT, unit_name
 from pipeline.shard import Columns, ShardFile, ShardRecord, read_record
+from pipeline.store import open_path
 from pipeline.teacher_folder import TeacherFolder
 
 SPLITS = ("train", "heldout")
@@ -25,7 +26,7 @@ class Cache:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path = open_path(path)
         self.manifest = read_manifest(self.path)
         self.spec = self.manifest.spec
 

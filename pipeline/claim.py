@@ -15,9 +15,13 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.commit import host_name, new_claim_id
+from pipeline.store import is_remote
+
+if TYPE_CHECKING:
+    from pipeline.store_claim import StoreClaim
 
 EXPIRY_SECONDS = 600.0
 REFRESH_SECONDS = 30.0
@@ -58,18 +62,21 @@ class Claim:
         self.release()
 
 
-def try_claim(cache: Path, name: str) -> Claim | None:
+def try_claim(cache: Path, name: str) -> Claim | StoreClaim | None:
     """Claim the work called `name` in `cache`, or None if a live writer holds it.
 
     A dead claim is cleared first, with the temporaries that carry its id.
     """
+    if is_remote(cache):
+        from pipeline.store_claim import try_store_claim
+
+        return try_store_claim(cache, name)
     folder = cache / "claims"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     claim_id = new_claim_id()
-    record = {"id": claim_id, "machine": _machine(), "pid": os.getpid(), "started": _process_start(os.getpid())}
     draft = folder / f".{name}.{claim_id}.tmp"
-    draft.write_text(json.dumps({**record, "since": time.time()}))
+    draft.write_text(json.dumps({**holder_record(claim_id), "since": time.time()}))
     try:
         for _ in range(2):
             try:
@@ -90,11 +97,8 @@ def clear_if_dead(path: Path, cache: Path) -> bool:
         holder = _read(path)
     except FileNotFoundError:
         return True
-    if holder.get("machine") == _machine():
-        dead = not _process_lives(int(holder.get("pid", 0)), holder.get("started"))
-    else:
-        dead = age > EXPIRY_SECONDS
-    if not dead:
+    lives = holder_lives_here(holder)
+    if not (age > EXPIRY_SECONDS if lives is None else not lives):
         return False
     if holder.get("id"):
         for leftover in cache.glob(f"**/.*.{holder['id']}.tmp"):
@@ -121,6 +125,11 @@ def _take_away(path: Path, holder: dict[str, Any]) -> bool:
 
 def clear_dead_claims(cache: Path) -> None:
     """At the start of a dump: clear what crashed writers left; live writers' claims and temporaries stay."""
+    if is_remote(cache):
+        from pipeline.store_claim import clear_dead_store_claims
+
+        clear_dead_store_claims(cache)
+        return
     folder = cache / "claims"
     if folder.is_dir():
         for path in sorted(folder.glob("*.json")):
@@ -141,6 +150,18 @@ def _clear_unclaimed(cache: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > EXPIRY_SECONDS:
                 path.unlink()
+
+
+def holder_record(claim_id: str) -> dict[str, Any]:
+    """What a claim says of its owner, which is this process."""
+    return {"id": claim_id, "machine": _machine(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+
+
+def holder_lives_here(holder: dict[str, Any]) -> bool | None:
+    """Whether a claim's owner runs on this machine; None if it belongs to another one, of which nothing is known."""
+    if holder.get("machine") != _machine():
+        return None
+    return _process_lives(int(holder.get("pid", 0)), holder.get("started"))
 
 
 def _read(path: Path) -> dict[str, Any]:

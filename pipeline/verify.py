@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from pipeline.commit import commit_json, file_sha256
+from pipeline.config import Place
 from pipeline.errors import UserError
 from pipeline.folder_checks import Problem, check_plan, check_teacher, find_missing, stray_files
 from pipeline.manifest import MANIFEST, Manifest, read_manifest
@@ -34,7 +35,7 @@ DESCRIPTION = (
 class Options:
     """What to check."""
 
-    cache: Path
+    cache: Place
     """folder of the cache"""
     jobs: int = min(4, os.cpu_count() or 1)
     """shards checked at once"""

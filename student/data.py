@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -215,7 +214,7 @@ class CacheDataModule(LightningDataModule):
                 raise UserError(f"--data.{name} {value}: must be at least 1")
         if seed < 0:
             raise UserError(f"--data.seed {seed}: must not be negative")
-        self.caches = [Cache(Path(path)) for path in paths]
+        self.caches = [Cache(path) for path in paths]
         self.batch_rows, self.seed, self.window_groups = batch_rows, seed, window_groups
         first = self.caches[0]
         for other in self.caches[1:]:
