@@ -15,13 +15,10 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.commit import host_name, new_claim_id
 from pipeline.store import is_remote
-
-if TYPE_CHECKING:
-    from pipeline.store_claim import StoreClaim
 
 EXPIRY_SECONDS = 600.0
 REFRESH_SECONDS = 30.0
@@ -47,7 +44,10 @@ class Claim:
         while not self._stop.wait(REFRESH_SECONDS):
             with contextlib.suppress(OSError):
                 if self._is_ours():
-                    os.utime(self.path)
+                    self._touch()
+
+    def _touch(self) -> None:
+        os.utime(self.path)
 
     def release(self) -> None:
         self._stop.set()
@@ -62,7 +62,7 @@ class Claim:
         self.release()
 
 
-def try_claim(cache: Path, name: str) -> Claim | StoreClaim | None:
+def try_claim(cache: Path, name: str) -> Claim | None:
     """Claim the work called `name` in `cache`, or None if a live writer holds it.
 
     A dead claim is cleared first, with the temporaries that carry its id.

@@ -9,42 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.claim import EXPIRY_SECONDS, REFRESH_SECONDS, holder_lives_here, holder_record
+from pipeline.claim import EXPIRY_SECONDS, Claim, holder_lives_here, holder_record
 from pipeline.commit import new_claim_id
 from pipeline.store import again
 
 
-class StoreClaim:
+class StoreClaim(Claim):
     """One writer's hold on one piece of work; a context manager that refreshes itself until released."""
 
     def __init__(self, path: Path, record: dict[str, Any]) -> None:
-        self.path, self.id, self._record = path, str(record["id"]), record
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._refresh, name=f"claim-{path.stem}", daemon=True)
-        self._thread.start()
+        self._record = record
+        super().__init__(path, record["id"])
 
-    def _refresh(self) -> None:
-        while not self._stop.wait(REFRESH_SECONDS):
-            with contextlib.suppress(OSError):
-                if _read(self.path).get("id") == self.id:
-                    _write(self.path, self._record, "overwrite")
-
-    def release(self) -> None:
-        self._stop.set()
-        with contextlib.suppress(OSError):
-            if _read(self.path).get("id") == self.id:
-                self.path.unlink()
-
-    def __enter__(self) -> StoreClaim:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.release()
+    def _touch(self) -> None:
+        _write(self.path, self._record, "overwrite")
 
 
 def try_store_claim(cache: Path, name: str) -> StoreClaim | None:

@@ -18,7 +18,6 @@ from pipeline.errors import UserError
 from pipeline.prefetch import ahead
 from pipeline.schema import unit_name
 from pipeline.shard import Columns, ShardRecord, commit_shard
-from pipeline.store_claim import StoreClaim
 from teacher_dump.columns import ShardStatistics, row_groups
 from teacher_dump.engine import TeacherEngine
 from teacher_dump.packing import PackingCount, pack
@@ -190,9 +189,7 @@ def packed_rows(work: Work, unit: Unit, count: PackingCount) -> Iterator[PackedR
     )
 
 
-def open_shard(
-    work: Work, unit: Unit, claim: Claim | StoreClaim, writers: ShardWriters, count: PackingCount
-) -> ShardWriter:
+def open_shard(work: Work, unit: Unit, claim: Claim, writers: ShardWriters, count: PackingCount) -> ShardWriter:
     """Start the writer of a unit's shard; the count is filled by who packs its rows.
 
     A unit whose range holds less text than it needs gives fewer rows; its record says `short`.

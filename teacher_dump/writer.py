@@ -16,7 +16,6 @@ from types import TracebackType
 
 from pipeline.claim import Claim
 from pipeline.shard import ShardRecord
-from pipeline.store_claim import StoreClaim
 from teacher_dump.rows import CapturedRow
 
 SHARDS_AT_ONCE = 3
@@ -30,9 +29,7 @@ class ShardAborted(Exception):
 class ShardWriter:
     """One shard on its way to the disk; made by `ShardWriters.open`."""
 
-    def __init__(
-        self, writers: ShardWriters, claim: Claim | StoreClaim, write: Callable[[ShardWriter], ShardRecord]
-    ) -> None:
+    def __init__(self, writers: ShardWriters, claim: Claim, write: Callable[[ShardWriter], ShardRecord]) -> None:
         self._writers, self._claim, self._write = writers, claim, write
         self._changed = writers.changed
         self._waiting: deque[CapturedRow] = deque()
@@ -125,7 +122,7 @@ class ShardWriters:
         with self.changed:
             self.wait_until(lambda: len(self._active) < SHARDS_AT_ONCE)
 
-    def open(self, claim: Claim | StoreClaim, write: Callable[[ShardWriter], ShardRecord]) -> ShardWriter:
+    def open(self, claim: Claim, write: Callable[[ShardWriter], ShardRecord]) -> ShardWriter:
         """Start the thread of a shard.
 
         Args:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from helpers_cache import toy_columns, write_toy_cache
 
-from pipeline import store
+from pipeline import store, store_claim
+from pipeline.claim import EXPIRY_SECONDS, clear_dead_claims, holder_record, try_claim
 from pipeline.commit import commit_bytes, commit_file, commit_json, file_sha256, read_json
 from pipeline.errors import UserError
 from pipeline.manifest import read_manifest
@@ -167,3 +171,74 @@ def test_a_shard_appears_with_its_json(remote: Path, tmp_path: Path, fails_at: i
 
         with ShardFile(tmp_path, found, manifest.spec) as shard:
             np.testing.assert_array_equal(shard.read_group(0)["input_ids"], columns["input_ids"])
+
+
+def others_claim(remote: Path, name: str, age: float, **changes: object) -> Path:
+    """A claim of another machine, last written `age` seconds ago."""
+    path = remote / "claims" / name
+    record = {**holder_record("other-1-00000000"), "machine": "other", **changes}
+    upath: Any = path
+    upath.fs.pipe_file(upath.path, json.dumps(record).encode())
+    file = TroubledStore.store[upath.path]
+    file.modified = file.modified - timedelta(seconds=age)
+    return path
+
+
+def test_a_claim_is_held_by_one(remote: Path) -> None:
+    with try_claim(remote, "shard-00000") as claim:  # type: ignore[union-attr]
+        assert try_claim(remote, "shard-00000") is None
+        other = try_claim(remote, "shard-00001")
+        assert other is not None and claim is not None and other.id != claim.id
+        other.release()
+    again = try_claim(remote, "shard-00000")
+    assert again is not None
+    again.release()
+    assert names() == []
+
+
+@pytest.mark.parametrize(("age", "free"), [(0.5 * EXPIRY_SECONDS, False), (1.5 * EXPIRY_SECONDS, True)])
+def test_a_claim_of_another_machine_expires(remote: Path, age: float, free: bool) -> None:
+    others_claim(remote, "shard-00000.4.json", age)
+    claim = try_claim(remote, "shard-00000")
+    assert (claim is not None) == free
+    assert names() == (["shard-00000.5.json"] if free else ["shard-00000.4.json"])
+    if claim is not None:
+        claim.release()
+
+
+def test_of_two_that_find_a_dead_claim_one_gets_it(remote: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one takes it over between this one's look and its own attempt."""
+    others_claim(remote, "shard-00000.0.json", 2 * EXPIRY_SECONDS)
+    real = store_claim.is_dead
+
+    def is_dead(path: Path) -> bool:
+        others_claim(remote, "shard-00000.1.json", 0.0, id="faster-2-00000000")
+        return real(path)
+
+    monkeypatch.setattr(store_claim, "is_dead", is_dead)
+    assert try_claim(remote, "shard-00000") is None
+    assert "shard-00000.1.json" in names()
+
+
+def test_a_live_claim_is_written_again_and_a_lost_one_left_alone(remote: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.claim.REFRESH_SECONDS", 0.02)
+    claim = try_claim(remote, "shard-00000")
+    assert claim is not None
+    place: Any = claim.path
+    first = TroubledStore.store[place.path].modified
+    deadline = time.monotonic() + 10
+    while TroubledStore.store[place.path].modified == first and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert TroubledStore.store[place.path].modified > first
+    others_claim(remote, claim.path.name, 0.0)
+    time.sleep(0.1)
+    claim.release()
+    assert json.loads(claim.path.read_bytes())["machine"] == "other"
+
+
+def test_dead_claims_are_cleared_and_live_ones_stay(remote: Path) -> None:
+    others_claim(remote, "shard-00000.0.json", 2 * EXPIRY_SECONDS)
+    others_claim(remote, "shard-00001.0.json", 0.0)
+    others_claim(remote, "shard-00002.0.json", 0.0, **{**holder_record("x"), "pid": 0})  # of this machine, and gone
+    clear_dead_claims(remote)
+    assert names() == ["shard-00001.0.json"]
