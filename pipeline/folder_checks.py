@@ -16,7 +16,7 @@ from pipeline.shard import ShardRecord
 from pipeline.teacher_folder import TeacherFolder
 
 SHARD_NAME = re.compile(r"(shard|heldout)-\d{5,}")
-OWN_FILES = re.compile(r"manifest\.json|plan\.json|index-.*|teacher|claims")
+OWN_FILES = re.compile(r"manifest\.json|plan\.json|index\.json|index-.*\.parquet|teacher|claims")
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def chosen_positions(options: Options, length: int) -> list[int]:
 
 def shard_lines(cache: Cache, shard: ShardFile) -> Iterator[str]:
     """The shard's facts and its columns, as lines."""
-    record, spec, facts = shard.record, cache.spec, cache.teacher.facts
+    record, spec, facts = cache.record(shard.record.unit), cache.spec, cache.teacher.facts
     short = ", its source range held fewer than planned" if record.short else ""
     shape = f"T={spec.length} K={spec.k} V={spec.vocab_size:,} tau={', '.join(f'{t:g}' for t in spec.taus)}"
     if spec.block:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.commit import DigestingFile, commit_file, commit_json, file_sha256, read_json
 from pipeline.errors import UserError, one_line
+from pipeline.index import ShardEntry
 from pipeline.schema import CacheSpec, unit_name
 
 Columns = dict[str, Any]
@@ -161,7 +162,7 @@ class ShardFile:
         DamagedShard: on opening or reading; never returns wrong rows.
     """
 
-    def __init__(self, folder: Path, record: ShardRecord, spec: CacheSpec) -> None:
+    def __init__(self, folder: Path, record: ShardRecord | ShardEntry, spec: CacheSpec) -> None:
         self.path = folder / record.file
         self.record = record
         self.spec = spec

@@ -18,9 +18,10 @@ from lightning import LightningDataModule
 
 from pipeline.cache import Cache
 from pipeline.errors import UserError
+from pipeline.index import ShardEntry
 from pipeline.prefetch import ahead
 from pipeline.schema import CacheSpec
-from pipeline.shard import Columns, DamagedShard, ShardRecord
+from pipeline.shard import Columns, DamagedShard
 from pipeline.teacher_folder import TeacherFolder
 from student.batch import IGNORE, Batch
 
@@ -31,7 +32,7 @@ PREFETCH_BATCHES = 4
 class GroupRef:
     """One row group of one committed shard."""
 
-    record: ShardRecord
+    record: ShardEntry
     group: int
     rows: int
 
