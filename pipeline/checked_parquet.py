@@ -1,4 +1,4 @@
-"""Opening Parquet files of a cache that a stranger may have made: nothing is allocated that the manifest does not ask for.
+"""Opening Parquet files that a stranger may have made: nothing is allocated that the manifest does not ask for.
 
 What reading a shard's row group may take follows from the manifest alone: the numbers of `CacheSpec.group_bytes`, and
 for `doc_ids` at most T names a row of `MOST_ID_BYTES` each. `pipeline/parquet_headers.py` compares every size in footer

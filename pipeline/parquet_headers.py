@@ -1,8 +1,8 @@
 """Parquet's footer and page headers, looked at before Arrow acts on them.
 
-Both say how much a reader must allocate, and nothing in a file that a stranger made need be true: a page of 30 bytes may
-claim 2 GB, a footer of 1 KB a list of a million row groups. Here every number that Arrow allocates by is compared with
-what can be right, and a page's header is read before the page is.
+Both say how much a reader must allocate, and nothing in a file that a stranger made need be true: a page of 30 bytes
+may claim 2 GB, a footer of 1 KB a list of a million row groups. Here every number that Arrow allocates by is compared
+with what can be right, and a page's header is read before the page is.
 """
 
 from __future__ import annotations

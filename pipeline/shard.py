@@ -255,7 +255,7 @@ class ShardFile:
             self._checked.check_pages(group, columns)
         except Malformed as error:
             raise DamagedShard(
-                f"{self.path}: row group {group}, column {one_line(error)}: run `make verify`, then dump the shard again"
+                f"{self.path}: row group {group}, column {one_line(error)}: run `make verify`, then dump it again"
             ) from None
 
     def _damage(self, group: int, columns: list[str] | None, error: Exception) -> DamagedShard:
