@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.commit import canonical_json, commit_json, read_json
 from pipeline.errors import UserError
+from pipeline.fields import Fields, check_stays
 from pipeline.schema import SCHEMA_MAJOR, SCHEMA_MINOR, CacheSpec
 
 MANIFEST = "manifest.json"
@@ -76,22 +77,25 @@ def read_manifest(cache: Path) -> Manifest:
         raise UserError(
             f"{cache} is no cache ({MANIFEST} is missing): name a cache folder, or make one with dump-teacher"
         )
-    record = read_json(path)
-    major = int(str(record.get("schema", "0")).split(".")[0])
-    if major != SCHEMA_MAJOR:
+    check_stays(cache, path)
+    record = Fields(read_json(path), path)
+    schema = record.text("schema", 20)
+    major = schema.partition(".")[0]
+    if major != str(SCHEMA_MAJOR):
+        newer = major.isdecimal() and int(major) > SCHEMA_MAJOR
         raise UserError(
-            f"{path} has schema {record.get('schema')}, this version reads {SCHEMA_MAJOR}.x: "
-            + ("upgrade this software" if major > SCHEMA_MAJOR else "dump the cache again")
+            f"{path} has schema {schema}, this version reads {SCHEMA_MAJOR}.x: "
+            + ("upgrade this software" if newer else "dump the cache again")
         )
     manifest = Manifest(
-        compat=record["compat"],
-        data=record["data"],
-        spec=CacheSpec.from_record(record["spec"]),
-        settings=record["settings"],
-        teacher_path=record["teacher_path"],
-        created=record["created"],
+        compat=record.object("compat"),
+        data=record.object("data"),
+        spec=CacheSpec.from_record(record.object("spec"), f"{path}: spec"),
+        settings=record.object("settings"),
+        teacher_path=record.text("teacher_path"),
+        created=record.text("created"),
     )
-    if (manifest.compat_id, manifest.data_id) != (record["compat_id"], record["data_id"]):
+    if (manifest.compat_id, manifest.data_id) != (record.text("compat_id"), record.text("data_id")):
         raise UserError(f"{path}: its identities do not follow from its fields: it was edited; restore it from a copy")
     return manifest
 

@@ -323,7 +323,7 @@ def test_missing_teacher_file_and_wrong_token_bytes(cache: Path) -> None:
     assert "teacher/tokenizer.json: is missing" in lines(verify_cache(cache))
     shutil.copy(cache / "teacher/config.json", cache / "teacher/tokenizer.json")
     path = cache / "teacher/token_bytes.parquet"
-    pq.write_table(table.slice(0, 60), path)
+    pq.write_table(table.slice(0, 60), path, compression="zstd", write_page_checksum=True)
     record = read_json(cache / "teacher/teacher.json")
     for file in ("token_bytes.parquet", "tokenizer.json"):
         at = cache / "teacher" / file
