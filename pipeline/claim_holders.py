@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.claim import clear_if_dead, take_away
+from pipeline.claim import clear_if_dead, holder_record, take_away
 from pipeline.commit import temporary_path
 from pipeline.store import is_remote
 from pipeline.store_claim import generations, is_dead
@@ -94,6 +94,11 @@ def free(cache: Path, name: str, holding: Holding) -> bool:
             with contextlib.suppress(OSError):
                 temporary_path(cache / f"{name}.{ending}", holding.id).unlink(missing_ok=True)
     return take_away(holding.path, holding.record)
+
+
+def this_machine() -> str:
+    """What the claims of this machine's processes call it."""
+    return str(holder_record("")["machine"])
 
 
 class Silence:

@@ -23,6 +23,7 @@ from teacher_dump.engine import TeacherEngine
 from teacher_dump.packing import PackingCount, pack
 from teacher_dump.plan import Unit
 from teacher_dump.rows import PackedRow
+from teacher_dump.stop_signals import raise_if_stopped
 from teacher_dump.work import Work, is_done
 from teacher_dump.writer import ShardWriter, ShardWriters
 
@@ -50,6 +51,10 @@ class Report(Protocol):
 
     def by_other(self, name: str, tokens: int) -> None:
         """A shard of so many tokens that was to be written has been written by another process."""
+
+
+class WaitingReport(Report, Protocol):
+    """The report of a loop that itself waits for others."""
 
     def wait(self, names: list[str], seconds: float) -> None:
         """Others hold all that is left: return when it is worth looking again, after `seconds` at the latest."""
@@ -85,24 +90,23 @@ class ShardTaker:
         if self._engine is None:
             self._report.loading()
             self._engine = self._start(self._work)
+            raise_if_stopped()
             self._report.ready()
         return self._engine
 
-    def take(self, units: Iterable[Unit]) -> list[Unit]:
+    def take(self, units: Iterable[Unit], held_elsewhere: Callable[[Unit], None]) -> None:
         """Capture the shards of `units` that nobody else has or wrote; they are read one ahead of the engine.
 
-        Returns:
-            Those that other processes hold.
+        Args:
+            held_elsewhere: called for those that other processes hold.
 
         Raises:
             UserError: the teacher cannot run, or a unit has no text.
         """
-        held_elsewhere: list[Unit] = []
         jobs = claimed_jobs(self._work, units, self._writers, self._report, held_elsewhere)
         first = next(jobs, None)
         if first is not None:
             capture_jobs(self._work, self.start(), chain([first], jobs), self._report)
-        return held_elsewhere
 
     def settle(self) -> None:
         """Until all that was captured is committed; raises what ended a writer."""
@@ -121,7 +125,7 @@ class ShardTaker:
         self._open.__exit__(*exc_info)
 
 
-def take_shards(work: Work, units: list[Unit], report: Report) -> None:
+def take_shards(work: Work, units: list[Unit], report: WaitingReport) -> None:
     """See to it that every shard of `units` is committed, by this process or by others that share the work.
 
     Raises:
@@ -129,13 +133,19 @@ def take_shards(work: Work, units: list[Unit], report: Report) -> None:
     """
     with ShardTaker(work, report) as taker:
         while units:
-            units = taker.take(units)
+            held_elsewhere: list[Unit] = []
+            taker.take(units, held_elsewhere.append)
+            units = held_elsewhere
             if units:
                 report.wait([unit_name(unit.unit) for unit in units], WAIT_SECONDS)
 
 
 def claimed_jobs(
-    work: Work, units: Iterable[Unit], writers: ShardWriters, report: Report, held_elsewhere: list[Unit]
+    work: Work,
+    units: Iterable[Unit],
+    writers: ShardWriters,
+    report: Report,
+    held_elsewhere: Callable[[Unit], None],
 ) -> Iterator[Job]:
     """Claim what is neither committed nor claimed by others, one unit at a time as it is asked for."""
     for unit in units:
@@ -145,7 +155,7 @@ def claimed_jobs(
             continue
         claim = try_claim(work.cache, unit_name(unit.unit))
         if claim is None:
-            held_elsewhere.append(unit)
+            held_elsewhere(unit)
             continue
         with ExitStack() as held:
             held.enter_context(claim)

@@ -30,9 +30,10 @@ class Work:
     cache: Path
 
     def units(self) -> list[Unit]:
-        """All units the cache shall have, held-out ones first."""
-        heldout = [self.plan.unit(i, "heldout") for i in range(self.config.heldout_shards)]
-        return heldout + [self.plan.unit(i, "train") for i in range(self.config.shards)]
+        """All units this run shall see to, held-out ones first."""
+        numbers = self.config.unit_range()
+        heldout = range(0 if numbers.start else self.config.heldout_shards)
+        return [self.plan.unit(i, "heldout") for i in heldout] + [self.plan.unit(i, "train") for i in numbers]
 
 
 def prepare(config: DumpConfig) -> Work:
