@@ -18,6 +18,7 @@ from pipeline.commit import commit_json
 PARTS = {
     "kills": "kill -9 at random moments and at every step of the protocol, recorded rows",
     "engine": "kill -9 of the real engine",
+    "ray_kills": "kill -9 of workers, nodes and drivers on a Ray cluster",
     "damage": "truncated files and flipped bits",
     "faults": "full disk, no permission, input/output errors at each write",
     "identity": "every identity field changed, one at a time",
