@@ -40,15 +40,25 @@ class Cache:
             UserError: a record is damaged or belongs to another cache.
         """
         pattern = "heldout-*.json" if split == "heldout" else "shard-*.json"
-        records = [read_record(path) for path in sorted(self.path.glob(pattern))]
-        for record in records:
-            for field in ("compat_id", "data_id"):
-                if getattr(record, field) != getattr(self.manifest, field):
-                    raise UserError(
-                        f"{self.path / (record.name + '.json')}: {field} is {getattr(record, field)}, the cache's is "
-                        f"{getattr(self.manifest, field)}: the shard was copied from another cache; remove it"
-                    )
+        records = [self._own(read_record(path)) for path in sorted(self.path.glob(pattern))]
         return sorted(records, key=lambda record: record.unit)
+
+    def _own(self, record: ShardRecord) -> ShardRecord:
+        for field in ("compat_id", "data_id"):
+            if getattr(record, field) != getattr(self.manifest, field):
+                raise UserError(
+                    f"{self.path / (record.name + '.json')}: {field} is {getattr(record, field)}, the cache's is "
+                    f"{getattr(self.manifest, field)}: the shard was copied from another cache; remove it"
+                )
+        return record
+
+    def record(self, unit: int) -> ShardRecord:
+        """The record of a unit.
+
+        Raises:
+            UserError: it is missing, damaged or belongs to another cache.
+        """
+        return self._own(read_record(self.path / f"{unit_name(unit)}.json"))
 
     def find(self, shard: int, split: str = "train") -> ShardRecord:
         """The record of shard number `shard` of `split`."""
@@ -57,7 +67,7 @@ class Cache:
         if not path.is_file():
             here = len(list(self.path.glob("shard-*.json")))
             raise UserError(f"{path} is missing: the cache has {here} training shards; name another one (SHARD=...)")
-        return read_record(path)
+        return self.record(unit)
 
     def open(self, record: ShardRecord) -> ShardFile:
         """Open a shard; its size and footer digest are checked."""

@@ -149,7 +149,9 @@ class CacheSpec:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> CacheSpec:
-        return cls(**{**record, "taus": tuple(record["taus"])})
+        """Fields that a newer minor version added are passed over."""
+        known = {k: v for k, v in record.items() if k in cls.__dataclass_fields__}
+        return cls(**{**known, "taus": tuple(record["taus"])})
 
 
 def sequence_id(unit: int, row: int) -> int:
