@@ -86,20 +86,32 @@ def try_claim(cache: Path, name: str) -> Claim | None:
 def clear_if_dead(path: Path, cache: Path) -> bool:
     """Remove the claim at `path` and its temporaries if its owner is gone; True if the claim is free now."""
     try:
-        age = time.time() - path.stat().st_mtime
         holder = _read(path)
+        if not _is_dead(path, holder):
+            return False
     except FileNotFoundError:
         return True
-    if holder.get("machine") == _machine():
-        dead = not _process_lives(int(holder.get("pid", 0)), holder.get("started"))
-    else:
-        dead = age > EXPIRY_SECONDS
-    if not dead:
-        return False
     if holder.get("id"):
         for leftover in cache.glob(f"**/.*.{holder['id']}.tmp"):
             leftover.unlink(missing_ok=True)
     return _take_away(path, holder)
+
+
+def is_held(cache: Path, name: str) -> bool:
+    """Whether a live writer works on what is called `name` at this moment; nothing is changed."""
+    path = cache / "claims" / f"{name}.json"
+    try:
+        return not _is_dead(path, _read(path))
+    except FileNotFoundError:
+        return False
+
+
+def _is_dead(path: Path, holder: dict[str, Any]) -> bool:
+    """Whether the holder of the claim at `path` is gone; raises FileNotFoundError if the claim is."""
+    age = time.time() - path.stat().st_mtime
+    if holder.get("machine") == _machine():
+        return not _process_lives(int(holder.get("pid", 0)), holder.get("started"))
+    return age > EXPIRY_SECONDS
 
 
 def _take_away(path: Path, holder: dict[str, Any]) -> bool:
