@@ -95,7 +95,7 @@ class Cache:
         if not path.is_file():
             here = len(list(self.path.glob("shard-*.json")))
             raise UserError(f"{path} is missing: the cache has {here} training shards; name another one (SHARD=...)")
-        return read_record(path)
+        return self.record(unit)
 
     def open(self, shard: ShardEntry | ShardRecord) -> ShardFile:
         """Open a shard; its size and footer digest are checked."""

@@ -47,6 +47,12 @@ def try_store_claim(cache: Path, name: str) -> StoreClaim | None:
     return StoreClaim(path, record)
 
 
+def is_held_in_store(cache: Path, name: str) -> bool:
+    """See `pipeline.claim.is_held`."""
+    there = generations(cache, name)
+    return bool(there) and not is_dead(there[-1][1])
+
+
 def clear_dead_store_claims(cache: Path) -> None:
     """Remove claims whose writers are gone. The next claim does without; this is tidiness."""
     for path in _list(cache):

@@ -68,7 +68,9 @@ class SourceFile:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> SourceFile:
-        return cls(**{**record, "index": tuple((int(a), int(b)) for a, b in record["index"])})
+        """Fields that a newer version added are passed over."""
+        known = {k: v for k, v in record.items() if k in cls.__dataclass_fields__}
+        return cls(**{**known, "index": tuple((int(a), int(b)) for a, b in record["index"])})
 
     def read(self, low: int, high: int, text: str, name: str, limit: int) -> Iterator[tuple[int, Any]]:
         """(position, raw value) of the documents that begin in [low, high)."""

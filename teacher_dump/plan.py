@@ -114,17 +114,18 @@ def make_plan(config: CorpusConfig, files: list[SourceFile], tokens_per_shard: i
 
 
 def open_plan(cache: Path, config: CorpusConfig, tokens_per_shard: int, data_root: Path) -> Plan:
-    """The cache's plan, made now if there is none yet (it is stored by `store_plan`).
+    """The cache's plan, made now if there is none yet or it is damaged (it is stored by `store_plan`).
 
-    A stored plan is checked against the files: an index of a large compressed file is not built twice.
+    The manifest's data_id says whether a plan made anew is the one the shards were cut by. A stored one is checked
+    against the files: an index of a large compressed file is not built twice.
 
     Raises:
         UserError: a file changed, vanished or came after the plan was made; names it.
     """
     path = cache / PLAN
-    if not path.is_file():
+    record = _stored(path)
+    if record is None:
         return make_plan(config, describe_corpus(config, data_root), tokens_per_shard)
-    record = read_json(path)
     stored = [SourceFile.from_record(entry) for entry in record["files"]]
     now = list_files(config, data_root)
     if len(now) != len(stored):
@@ -166,6 +167,14 @@ def _fingerprint(place: str) -> str:
 
 
 def store_plan(cache: Path, plan: Plan, claim: str) -> None:
-    """Write `plan.json` unless it is there."""
-    if not (cache / PLAN).is_file():
+    """Write `plan.json` unless it is there and whole."""
+    if _stored(cache / PLAN) is None:
         commit_json(cache / PLAN, plan.to_record(), claim=claim)
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    """The content of plan.json; None if it is missing or damaged."""
+    try:
+        return read_json(path)
+    except UserError:
+        return None
