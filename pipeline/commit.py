@@ -48,8 +48,22 @@ class FileDigest:
 
 
 def new_claim_id() -> str:
-    """An id for one writer: host, process and a random part, safe in file names."""
-    return f"{host_name()}-{os.getpid()}-{secrets.token_hex(4)}"
+    """An id for one writer: host, process, a digest of what the process number is unique in, and a random part."""
+    return f"{host_name()}-{os.getpid()}-{machine_digest()}{secrets.token_hex(4)}"
+
+
+def machine() -> str:
+    """What process numbers are unique in: this host since it booted, and the container this process sees."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # only Linux has these
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def machine_digest() -> str:
+    """`machine` in 6 hex digits, as ids carry it: who sees a temporary of its own machine can ask for its process."""
+    return hashlib.sha256(machine().encode()).hexdigest()[:6]
 
 
 def host_name() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -44,15 +45,14 @@ def run_dump(config: DumpConfig) -> DumpResult:
     lost: list[str] = []
     try:
         if len(slots) > 1 and len(pending) > 1:
-            try:
-                lost = Workers(work, pending, slots[: len(pending)], progress).run()
-            finally:
-                clear_dead_claims(work.cache)  # of workers that were killed
+            lost = Workers(work, pending, slots[: len(pending)], progress).run()
         else:
             os.environ.update(slots[0].environment)
             take_shards(work, pending, progress)
     finally:
         progress.close()
+        with contextlib.suppress(OSError):  # what failed before it is what is told
+            clear_dead_claims(work.cache)  # of workers, or of dumps beside this one, that were killed meanwhile
     cache = Cache(work.cache)
     tokens = sum(int(cache.shards(split).tokens.sum()) for split in ("train", "heldout"))
     return DumpResult(len(progress.written), len(units), tokens, time.monotonic() - started, tuple(lost))
