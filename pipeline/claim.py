@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.commit import machine, machine_digest, new_claim_id
+from pipeline.errors import named
 from pipeline.store import is_remote
 
 EXPIRY_SECONDS = 600.0
@@ -71,7 +72,7 @@ def try_claim(cache: Path, name: str) -> Claim | None:
 
         return try_store_claim(cache, name)
     folder = cache / "claims"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # not the cache: where that is gone, there is nothing to work on
     path = folder / f"{name}.json"
     claim_id = new_claim_id()
     draft = folder / f".{name}.{claim_id}.tmp"
@@ -92,10 +93,13 @@ def try_claim(cache: Path, name: str) -> Claim | None:
 
 
 def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise named(error, path) from error
 
 
 def clear_if_dead(path: Path, cache: Path) -> bool:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError, named, one_line
 
 FULL_HASH_BYTES = 256 << 20
 """Local files up to this size are hashed whole; of larger ones, 64 blocks spread over the file."""
@@ -74,6 +74,12 @@ class SourceFile:
 
     def read(self, low: int, high: int, text: str, name: str, limit: int) -> Iterator[tuple[int, Any]]:
         """(position, raw value) of the documents that begin in [low, high)."""
+        try:
+            yield from self._documents(low, high, text, name, limit)
+        except OSError as error:
+            raise named(error, self.path) from error
+
+    def _documents(self, low: int, high: int, text: str, name: str, limit: int) -> Iterator[tuple[int, Any]]:
         if self.kind == "parquet":
             yield from self._read_rows(low, high, text, name, limit)
             return

@@ -13,7 +13,7 @@ from teacher_dump.gpus import engine_slots
 from teacher_dump.progress import DumpProgress
 from teacher_dump.settings import DumpConfig
 from teacher_dump.shard_loop import take_shards
-from teacher_dump.work import is_done, prepare
+from teacher_dump.work import is_done, prepare, require_cache
 from teacher_dump.workers import Workers
 
 
@@ -53,6 +53,7 @@ def run_dump(config: DumpConfig) -> DumpResult:
         progress.close()
         with contextlib.suppress(OSError):  # what failed before it is what is told
             clear_dead_claims(work.cache)  # of workers, or of dumps beside this one, that were killed meanwhile
+    require_cache(work)
     cache = Cache(work.cache)
     tokens = sum(int(cache.shards(split).tokens.sum()) for split in ("train", "heldout"))
     return DumpResult(len(progress.written), len(units), tokens, time.monotonic() - started, tuple(lost))

@@ -1,4 +1,4 @@
-"""Disks that really are full, read-only, gone or not ours: small file systems mounted for a trial, where that is allowed.
+"""Disks that really are full, read-only, gone or not ours: small file systems mounted for a trial.
 
 What needs a mount is left out, and said, where this process may not mount.
 """

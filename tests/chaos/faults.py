@@ -9,7 +9,6 @@ import errno
 import os
 import random
 import resource
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from chaos.figure import Figure
 from chaos.kills import enumerate_operations
 from chaos.operations import Operation, Watch, refresh_often
 from chaos.recorded import Stage, make_stage
-from chaos.trials import fresh
+from chaos.trials import fresh, scratch
 
 SHARDS = 3
 KINDS = {"ENOSPC": errno.ENOSPC, "EACCES": errno.EACCES, "EIO": errno.EIO}
@@ -43,8 +42,7 @@ def run(seed: int, small: bool) -> list[Figure]:
 
 
 def experiments(seed: int, small: bool) -> list[Figure]:
-    with tempfile.TemporaryDirectory(prefix="chaos-faults-") as folder:
-        os.chmod(folder, 0o755)  # one experiment runs as nobody
+    with scratch(memory=True) as folder:
         stage = make_stage(Path(folder), True, shards=SHARDS)
         operations = enumerate_operations(stage)
         return [

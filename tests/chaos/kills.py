@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from chaos.figure import Figure
 from chaos.operations import PHASES, Operation, Watch, refresh_often
 from chaos.power import lose_power
 from chaos.recorded import Stage, differences, make_stage, rows_of, run_recorded
-from chaos.trials import done_with, fresh, last_line, output
+from chaos.trials import done_with, fresh, last_line, output, scratch
 from teacher_dump import shard_loop
 
 RANDOM, CHAINS, PAIRS = (300, 40, 60)
@@ -37,14 +36,14 @@ def run(seed: int, small: bool) -> list[Figure]:
 
 
 def experiments(seed: int, small: bool) -> list[Figure]:
-    with tempfile.TemporaryDirectory(prefix="chaos-kills-") as folder:
+    with scratch(memory=small) as folder:
         stage = make_stage(Path(folder), small, shards=FEW_SHARDS if small else 7)
         figures = [
             random_moments(stage, random.Random(seed), SMALL_RANDOM if small else RANDOM),
             chains(stage, random.Random(seed + 1), SMALL_CHAINS if small else CHAINS),
             pairs(stage, random.Random(seed + 2), SMALL_PAIRS if small else PAIRS),
         ]
-    with tempfile.TemporaryDirectory(prefix="chaos-kills-") as folder:
+    with scratch(memory=True) as folder:
         stage = make_stage(Path(folder), True, shards=FEW_SHARDS)
         figures += every_operation(stage, random.Random(seed + 3), small)
     return figures

@@ -128,9 +128,10 @@ class Watch:
             if amid is not None and (end := self.hook(operation, "amid")) is not None:
                 amid()
                 end()
-            done = act()
-            self._ask(operation, "after")
-            return done
+            try:
+                return act()
+            finally:  # what failed, such as removing what is not there, was an operation too
+                self._ask(operation, "after")
         finally:
             self._inside.on = False
 
@@ -217,14 +218,16 @@ class Watch:
             """Writes through a Python file, so that each of its writes is an operation."""
 
             def __init__(self, where: Any, *arguments: Any, **more: Any) -> None:
-                self.watched = open(where, "wb")  # noqa: SIM115 - closed by `close`
-                super().__init__(self.watched, *arguments, **more)
+                named = isinstance(where, str | Path)
+                self.watched = open(where, "wb") if named else None  # noqa: SIM115 - closed by `close`
+                super().__init__(self.watched if named else where, *arguments, **more)
 
             def close(self) -> None:
                 try:
                     super().close()
                 finally:
-                    self.watched.close()
+                    if self.watched is not None:
+                        self.watched.close()
 
         pyarrow.parquet.ParquetWriter = pyarrow.parquet.core.ParquetWriter = WatchedParquet
 

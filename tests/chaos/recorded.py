@@ -211,6 +211,7 @@ def write_small_teacher(path: Path) -> Path:
     path.mkdir(parents=True)
     sizes = {"model.embed_tokens.weight": (263, 32), "model.norm.weight": (32,), "lm_head.weight": (263, 32)}
     save_file({name: torch.randn(size) for name, size in sizes.items()}, str(path / "model.safetensors"))
+    (path / "model.safetensors").chmod(0o644)  # for a trial as another user
     config = {"vocab_size": 263, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     (path / "config.json").write_text(json.dumps({**config, "model_type": "llama", "eos_token_id": 256}))
     (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
@@ -235,7 +236,7 @@ def make_stage(folder: Path, small: bool, shards: int = 7) -> Stage:
     rows = Child(lambda: rows_of(first)).result()
     stage = replace(stage, rows=rows, recording=recording_of(rows), config=stage.at(folder / "undisturbed"))
     times = []
-    for number in range(5):  # the last is kept
+    for _ in range(5):  # the last is kept
         shutil.rmtree(stage.config.cache, ignore_errors=True)
         times.append(Child(lambda: run_recorded(stage, stage.config.cache).seconds).result())
     assert not Child(lambda: differences(stage.rows, rows_of(stage.config.cache))).result(), "replayed rows differ"

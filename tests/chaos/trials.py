@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from chaos.checks import Outcome
 from chaos.recorded import Stage
+
+
+def scratch(memory: bool) -> tempfile.TemporaryDirectory[str]:
+    """A folder for trials that all may enter; in `memory` where it is the order of operations that counts."""
+    shared = "/dev/shm" if memory and os.access("/dev/shm", os.W_OK) else None
+    folder = tempfile.TemporaryDirectory(prefix="chaos-", dir=shared)
+    os.chmod(folder.name, 0o755)
+    return folder
 
 
 def fresh(stage: Stage, name: str) -> tuple[Path, Path]:

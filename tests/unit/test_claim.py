@@ -183,7 +183,7 @@ def test_damaged_claim_expires_by_age(content: str, tmp_path: Path) -> None:
 
 
 def test_temporaries_of_writers_without_a_claim_are_cleared_once_those_are_gone(tmp_path: Path) -> None:
-    """A dump killed while it wrote the teacher folder held no claim yet; of another machine, age is all that is known."""
+    """A dump killed while it wrote the teacher folder held no claim; of another machine only the age is known."""
     folder = tmp_path / "teacher"
     folder.mkdir()
     mine = new_claim_id()
