@@ -114,6 +114,13 @@ def recovered(stage: Stage, cache: Path, log: Path | None, again: Callable[[], A
     return found
 
 
+def as_it_stands(stage: Stage, cache: Path, log: Path) -> Outcome:
+    """The cache without a further run; reads files: for a child."""
+    outcome = Outcome(wrong_in(stage, cache), differences(stage.rows, rows_of(cache)), leftovers(cache))
+    outcome.tokens = captured(log) - stage.tokens
+    return outcome
+
+
 def captured(log: Path) -> int:
     """Tokens the teacher read, of all runs that noted them in `log`."""
     return sum(int(line.split()[1]) for line in log.read_text().splitlines()) if log.is_file() else 0

@@ -56,7 +56,7 @@ class Child:
     def kill(self) -> None:
         """SIGKILL, now."""
         if self.status is None:
-            os.kill(self.pid, signal.SIGKILL)
+            os.kill(self.pid, signal.SIGKILL)  # where it has ended it is not reaped yet: the number is still its own
 
     def wait(self) -> int:
         """The exit status, negative for a signal's number; the process is reaped."""

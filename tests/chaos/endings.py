@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from chaos.checks import Outcome, facts, recovered
 from chaos.children import Child, ChildFailed
@@ -69,12 +70,12 @@ def wrong_words(status: int, met: list[tuple[str, str]], said: str) -> list[str]
     return wrong
 
 
-def as_command(stage: Stage, cache: Path, log: Path) -> int:
-    """The dump with its messages, as `python -m teacher_dump` ends it."""
+def as_command(stage: Stage, cache: Path, log: Path, **change: Any) -> int:
+    """The dump with its messages, as `python -m teacher_dump` ends it; `change` are other settings."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
 
     def command() -> int:
-        result = run_recorded(stage, cache, log)
+        result = run_recorded(stage, cache, log, **change)
         print(f"{cache}: {result.shards} shards")
         return 0
 

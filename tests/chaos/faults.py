@@ -14,15 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from chaos import disks
+from chaos import disks, several
 from chaos.checks import Outcome
 from chaos.children import in_fresh_interpreter
 from chaos.endings import as_command, judged, told
 from chaos.figure import Figure
 from chaos.kills import enumerate_operations
 from chaos.operations import Operation, Watch, refresh_often
-from chaos.recorded import Stage, make_stage
+from chaos.recorded import ROWS_PER_SHARD, ROWS_PER_STEP, Replay, Stage, make_stage
 from chaos.trials import fresh, scratch
+from teacher_dump.engine import TeacherEngineError
 
 SHARDS = 3
 KINDS = {"ENOSPC": errno.ENOSPC, "EACCES": errno.EACCES, "EIO": errno.EIO}
@@ -51,7 +52,9 @@ def experiments(seed: int, small: bool) -> list[Figure]:
             flipped_bits(stage, operations, random.Random(seed), 12 if small else 200),
             file_size_limit(stage, random.Random(seed + 1), 4 if small else 40),
             *disks.experiments(stage, random.Random(seed + 2), 2 if small else 30),
-            claims_fail(stage),
+            claims_fail(stage, ("EIO",) if small else tuple(KINDS)),
+            engine_dies(stage, 4 if small else SHARDS * ROWS_PER_SHARD // ROWS_PER_STEP),
+            several.failing_pipes(stage, 2 if small else 14),
         ]
 
 
@@ -191,11 +194,11 @@ def file_size_limit(stage: Stage, rng: random.Random, trials: int) -> Figure:
     return told(stage, "EFBIG from the kernel beyond a random size (RLIMIT_FSIZE)", outcomes, names, ends)
 
 
-def claims_fail(stage: Stage) -> Figure:
+def claims_fail(stage: Stage, kinds: tuple[str, ...]) -> Figure:
     """Claims whose refresh, look or release always fails: the run goes on, the next one clears them."""
     outcomes, ends, names = [], Counter[str](), []
     for step in ("refresh", "unlink", "read"):
-        for name in KINDS:
+        for name in kinds:
             cache, log = fresh(stage, f"claim-{step}")
 
             def body(step: str = step, name: str = name, cache: Path = cache, log: Path = log) -> Any:
@@ -222,6 +225,31 @@ def claims_fail(stage: Stage) -> Figure:
             ends[end] += 1
             names.append(f"{name} at every {step} of a claim")
     return told(stage, "every refresh, look or release of claims fails", outcomes, names, ends)
+
+
+def engine_dies(stage: Stage, most: int) -> Figure:
+    """The engine fails at each of its steps: what is committed stays, and nothing else is."""
+    outcomes, ends, names = [], Counter[str](), []
+    for number in range(most):
+        outcome, end = engine_death(stage, number)
+        outcomes.append(outcome)
+        ends[end] += 1
+        names.append(f"engine dies at step {number}")
+    return told(stage, "the engine dies at each of its steps in turn", outcomes, names, ends)
+
+
+def engine_death(stage: Stage, number: int) -> tuple[Outcome, str]:
+    cache, log = fresh(stage, f"engine-{number}")
+
+    class Dying(Replay):
+        steps = 0
+
+        def step(self) -> None:
+            if self.steps == number:
+                raise TeacherEngineError("the teacher died in vLLM: out of luck")
+            self.steps += 1
+
+    return judged(stage, cache, log, lambda: (as_command(stage, cache, log, kind=Dying), [("", "out of luck")]))
 
 
 def spread(points: list[Operation], count: int) -> list[Operation]:

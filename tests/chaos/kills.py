@@ -15,18 +15,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from chaos.checks import Outcome, captured, facts, leftovers, recovered, wrong_in
+from chaos import several
+from chaos.checks import Outcome, as_it_stands, facts, recovered, wrong_in
 from chaos.children import Child, ChildFailed, in_fresh_interpreter
 from chaos.figure import Figure
 from chaos.operations import PHASES, Operation, Watch, refresh_often
 from chaos.power import lose_power
-from chaos.recorded import Stage, differences, make_stage, rows_of, run_recorded
+from chaos.recorded import Stage, make_stage, run_recorded
 from chaos.trials import done_with, fresh, last_line, output, scratch
 from teacher_dump import shard_loop
 
 RANDOM, CHAINS, PAIRS = (300, 40, 60)
 SMALL_RANDOM, SMALL_CHAINS, SMALL_PAIRS = (10, 2, 3)
 CHAIN_KILLS = 5
+HANG_SECONDS = 30.0
 FEW_SHARDS = 3
 """Training shards where every operation is killed: more would only repeat them."""
 
@@ -42,6 +44,9 @@ def experiments(seed: int, small: bool) -> list[Figure]:
             random_moments(stage, random.Random(seed), SMALL_RANDOM if small else RANDOM),
             chains(stage, random.Random(seed + 1), SMALL_CHAINS if small else CHAINS),
             pairs(stage, random.Random(seed + 2), SMALL_PAIRS if small else PAIRS),
+            unharmed_pairs(stage, 1 if small else 20),
+            several.killed_workers(stage, random.Random(seed + 4), SMALL_PAIRS if small else PAIRS),
+            several.killed_drivers(stage, random.Random(seed + 5), 1 if small else 20),
         ]
     with scratch(memory=True) as folder:
         stage = make_stage(Path(folder), True, shards=FEW_SHARDS)
@@ -82,24 +87,39 @@ def chains(stage: Stage, rng: random.Random, trials: int) -> Figure:
 
 def pairs(stage: Stage, rng: random.Random, trials: int) -> Figure:
     """Two dumps share a cache; one is killed, and not even reaped: the other ends the work alone."""
-    outcomes, names = [], []
-    for number in range(trials):
-        cache, log = fresh(stage, f"pair-{number}")
-        dumps = [Child(lambda cache=cache, log=log: patient(stage, cache, log), output(cache)) for _ in range(2)]
-        moment = rng.uniform(0, 1.2 * stage.seconds)
+    moments = [rng.uniform(0, 1.2 * stage.seconds) for _ in range(trials)]
+    outcomes = [pair(stage, moment) for moment in moments]
+    names = [f"one of two killed after {moment * 1000:.1f} ms" for moment in moments]
+    return figure("two dumps at once, SIGKILL to one, the other ends alone", outcomes, facts(stage, outcomes, names))
+
+
+def unharmed_pairs(stage: Stage, trials: int) -> Figure:
+    outcomes = [pair(stage, None) for _ in range(trials)]
+    return figure("two dumps at once, neither killed", outcomes, facts(stage, outcomes, ["a pair"] * trials))
+
+
+def pair(stage: Stage, moment: float | None) -> Outcome:
+    """Two dumps started together, the first killed after `moment` seconds; None: no work may be done twice."""
+    cache, log = fresh(stage, "pair")
+    dumps = [Child(lambda: patient(stage, cache, log), output(cache)) for _ in range(2)]
+    if moment is not None:
         time.sleep(moment)
         dumps[0].kill()
-        outcome = Outcome()
-        try:
-            dumps[1].result(30.0)
-        except ChildFailed as error:
-            outcome.broken.append(f"the dump that went on: {last_line(error)}")
-        else:
-            outcome = Child(lambda cache=cache, log=log: as_it_stands(stage, cache, log)).result()
-        dumps[0].wait()
-        outcomes.append(done_with(cache, outcome))
-        names.append(f"pair {number}, one killed after {moment * 1000:.1f} ms")
-    return figure("two dumps at once, SIGKILL to one, the other ends alone", outcomes, facts(stage, outcomes, names))
+    outcome = Outcome()
+    try:
+        for dump in dumps[0 if moment is None else 1 :]:
+            dump.result(HANG_SECONDS)
+    except ChildFailed as error:
+        outcome.broken.append(f"a dump that was not killed: {last_line(error)}")
+    for dump in dumps:
+        dump.kill()
+    if outcome.ok:
+        outcome = Child(lambda: as_it_stands(stage, cache, log)).result()
+        if moment is None and outcome.tokens:
+            outcome.broken.append(f"{outcome.tokens} tokens were captured twice")
+    for dump in dumps:
+        dump.wait()
+    return done_with(cache, outcome)
 
 
 def every_operation(stage: Stage, rng: random.Random, small: bool) -> list[Figure]:
@@ -209,13 +229,6 @@ def patient(stage: Stage, cache: Path, log: Path) -> None:
     """A dump that looks soon again at what another one holds."""
     shard_loop.WAIT_SECONDS = 0.02
     run_recorded(stage, cache, log)
-
-
-def as_it_stands(stage: Stage, cache: Path, log: Path) -> Outcome:
-    """The cache without a further run."""
-    outcome = Outcome(wrong_in(stage, cache), differences(stage.rows, rows_of(cache)), leftovers(cache))
-    outcome.tokens = captured(log) - stage.tokens
-    return outcome
 
 
 def figure(what: str, outcomes: list[Outcome], found: dict[str, Any]) -> Figure:

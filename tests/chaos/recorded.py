@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -54,6 +54,7 @@ class Stage:
         recording: what the teacher said of a row, by its sequence id and tokens.
         seconds: an undisturbed dump takes.
         pace: seconds of an engine step, so that a dump's time is not all start and end.
+        change: called in the process of each dump before it begins: breaks the protocol on purpose (`mutations.py`).
     """
 
     folder: Path
@@ -62,6 +63,7 @@ class Stage:
     recording: dict[tuple[int, bytes], dict[str, np.ndarray]]
     seconds: float = 0.0
     pace: float = 0.004
+    change: Callable[[], None] | None = None
 
     @property
     def shards(self) -> int:
@@ -102,14 +104,20 @@ class Replay:
         for unit, rows in units:
             source = iter(rows)
             while step := list(islice(source, self.rows_per_step)):
-                time.sleep(self.stage.pace)
+                self.step()
                 os.write(self._log, b"".join(b"%d %d\n" % (unit, row.length) for row in step))
                 ready, waiting = waiting, [(unit, self.captured(unit, row)) for row in step]
                 yield from ready
         yield from waiting
 
+    def step(self) -> None:
+        time.sleep(self.stage.pace)
+
     def captured(self, unit: int, row: PackedRow) -> CapturedRow:
-        return CapturedRow(row, **self.stage.recording[(unit << 32) + row.row, row.input_ids_L.tobytes()])
+        said = self.stage.recording.get(((unit << 32) + row.row, row.input_ids_L.tobytes()))
+        if said is None:
+            raise AssertionError(f"row {row.row} of unit {unit} is not the one the teacher read when it was recorded")
+        return CapturedRow(row, **said)
 
     def close(self) -> None:
         os.close(self._log)
@@ -162,10 +170,14 @@ class SmallTeacher(Replay):
         )
 
 
-def run_recorded(stage: Stage, cache: Path, log: Path | None = None, kind: type[Replay] = Replay) -> DumpResult:
+def run_recorded(
+    stage: Stage, cache: Path, log: Path | None = None, kind: type[Replay] = Replay, **change: Any
+) -> DumpResult:
     """The dump command's body with `kind` in the engine's place; for a child, since the place is not given back."""
+    if stage.change is not None:
+        stage.change()
     shard_loop.start_engine = lambda work: kind(stage, log)  # type: ignore[assignment, arg-type, return-value]
-    return run_dump(stage.at(cache))
+    return run_dump(stage.at(cache, **change))
 
 
 def rows_of(cache: Path) -> Rows:
