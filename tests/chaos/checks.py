@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from chaos.children import Child, ChildFailed
+from chaos.children import TIMEOUT_SECONDS, Child, ChildFailed
 from chaos.recorded import Stage, differences, rows_of, run_recorded
 from pipeline.cache import Cache
 from pipeline.commit import file_sha256, read_json
@@ -86,7 +86,13 @@ def committed_shards(cache: Path) -> int:
     return len([*cache.glob("shard-*.json"), *cache.glob("heldout-*.json")])
 
 
-def recovered(stage: Stage, cache: Path, log: Path | None, again: Callable[[], Any] | None = None) -> Outcome:
+def recovered(
+    stage: Stage,
+    cache: Path,
+    log: Path | None,
+    again: Callable[[], Any] | None = None,
+    timeout: float = TIMEOUT_SECONDS,
+) -> Outcome:
     """Look at what is visible, run the same command to its end, and compare; in a child of its own.
 
     Args:
@@ -107,7 +113,7 @@ def recovered(stage: Stage, cache: Path, log: Path | None, again: Callable[[], A
         return outcome
 
     try:
-        found = Child(body, cache.parent / f"{cache.name}.txt").result()
+        found = Child(body, cache.parent / f"{cache.name}.txt").result(timeout)
     except ChildFailed as error:
         return Outcome(broken=[f"the next run: {str(error).strip().splitlines()[-1]}"])
     assert isinstance(found, Outcome)

@@ -50,6 +50,8 @@ def judged(
     mend()
     outcome = recovered(stage, cache, log)
     outcome.broken += wrong_words(status, met, said)
+    if status == 0 and outcome.shards < stage.shards:
+        outcome.broken.append(f"it ended well with {outcome.shards} of {stage.shards} shards")
     end = "refused with status 2" if status == 2 else "ended well" if status == 0 else f"status {status}"
     return done_with(cache, outcome), end
 

@@ -143,21 +143,23 @@ def flipped_bits(stage: Stage, operations: list[Operation], rng: random.Random, 
     points = [rng.choice(writes) for _ in range(trials)]
     outcomes, ends = [], Counter[str]()
     for point in points:
-        cache, log = fresh(stage, "flip")
-        place = rng.random()
-
-        def body(
-            point: Operation = point, place: float = place, cache: Path = cache, log: Path = log
-        ) -> tuple[int, list[tuple[str, str]]]:
-            watch = Watch(cache, lambda operation, phase: None)
-            watch.change = lambda operation, data: flipped(data, place) if operation == point else data
-            return as_command(stage, cache, log), [(point.file, "reads back")]
-
-        outcome, end = judged(stage, cache, log, body)
+        outcome, end = flip(stage, point, rng.random())
         outcomes.append(outcome)
         ends[end] += 1
     names = [f"a bit of write {point.count} of {point.file}" for point in points]
     return told(stage, "one bit of one write arrives turned", outcomes, names, ends)
+
+
+def flip(stage: Stage, point: Operation, place: float) -> tuple[Outcome, str]:
+    """One dump, of which the write `point` reaches the disk with the bit at `place` (0 to 1) turned."""
+    cache, log = fresh(stage, "flip")
+
+    def body() -> tuple[int, list[tuple[str, str]]]:
+        watch = Watch(cache, lambda operation, phase: None)
+        watch.change = lambda operation, data: flipped(data, place) if operation == point else data
+        return as_command(stage, cache, log), [(point.file, "reads back")]
+
+    return judged(stage, cache, log, body)
 
 
 def flipped(data: bytes, place: float) -> bytes:
