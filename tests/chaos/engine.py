@@ -189,6 +189,7 @@ def killed_rank(place: Place) -> Figure:
         process.kill()
         status = process.wait()
     seconds = time.monotonic() - killed
+    said = sentence(place.words(cache))
     wrong += judged(status, place.words(cache), "died")
     wrong += [f"rank {pid} is left" for pid in ranks if lives(pid)]
     wrong += visible_problems(cache)
@@ -196,7 +197,7 @@ def killed_rank(place: Place) -> Figure:
         wrong.append(f"the next run: {place.words(cache)[-300:]}")
     elif committed_shards(cache) != SHARDS + 1 or leftovers(cache):
         wrong.append(f"after the next run: {leftovers(cache)}")
-    found = {"it said": sentence(place.words(cache)), "stopped after": f"{seconds:.1f} s"}
+    found = {"it said": said, "stopped after": f"{seconds:.1f} s"}
     return Figure(
         "engine", "SIGKILL of a rank of the teacher", 1, len(wrong), found | ({"wrong": wrong} if wrong else {})
     )
