@@ -20,6 +20,7 @@ from pipeline.cache import Cache
 from pipeline.errors import UserError
 from pipeline.index import ShardEntry
 from pipeline.prefetch import ahead
+from pipeline.row_checks import check_indices
 from pipeline.schema import CacheSpec
 from pipeline.shard import Columns, DamagedShard
 from pipeline.teacher_folder import TeacherFolder
@@ -80,6 +81,7 @@ class GroupReader:
                     "another version wrote it; dump the cache again"
                 )
             values = shard.read_group(ref.group, [c for c in columns if not c.startswith("tail_")])
+        check_indices(values, self.cache.spec, f"{shard.path}: row group {ref.group}")
         self._decoded[index] = values
         while len(self._decoded) > self.keep:
             self._decoded.popitem(last=False)

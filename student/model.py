@@ -10,6 +10,7 @@ Legend: B rows, T tokens, N positions in any order, D width, V vocabulary, n = T
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -205,8 +206,31 @@ class DistilXLSTM(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
+MOST_OF = {"blocks": 1024, "heads": 4096, "conv_kernel": 1024, "mlstm_qkv_blocksize": 1 << 16}
+"""Largest whole numbers of a configuration: a run from someone else must not ask for any memory it likes."""
+MOST_FACTOR = 64.0
+
+
+def _check_types(config: StudentConfig) -> None:
+    """A configuration may come from the run.json of someone else, which holds whatever it holds."""
+    for name, most in MOST_OF.items():
+        value = getattr(config, name)
+        if type(value) is not int or not -most <= value <= most:
+            raise UserError(f"student.{name}={reprlib.repr(value)}: must be a whole number of at most {most}")
+    for name in ("mlstm_projection", "slstm_feedforward"):
+        value = getattr(config, name)
+        if type(value) not in (int, float) or not 0 < value <= MOST_FACTOR:
+            raise UserError(f"student.{name}={reprlib.repr(value)}: must be a number above 0, at most {MOST_FACTOR:g}")
+    at = config.slstm_at
+    if at is not None and not (isinstance(at, list | tuple) and all(type(index) is int for index in at)):
+        raise UserError(f"student.slstm_at={reprlib.repr(at)}: must be a list of block numbers")
+    if config.final_norm not in ("layernorm", "teacher"):
+        raise UserError(f"student.final_norm={reprlib.repr(config.final_norm)}: must be layernorm or teacher")
+
+
 def check_shape(config: StudentConfig, width: int) -> None:
     """Raise `UserError` naming the field if the configuration cannot be built at this width."""
+    _check_types(config)
     if config.blocks < 1 or config.heads < 1 or config.conv_kernel < 2:
         raise UserError(
             f"student needs blocks >= 1, heads >= 1 and conv_kernel >= 2, found blocks={config.blocks}, "
