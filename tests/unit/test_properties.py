@@ -140,7 +140,7 @@ def assert_same_value(found: Any, wanted: Any, name: str) -> None:
     assert (found.astype(wanted.dtype) == wanted).all(), name
 
 
-@settings(THOROUGH, max_examples=120)
+@settings(THOROUGH, max_examples=250)
 @given(
     specs(),
     st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 1)), min_size=1, max_size=3),
