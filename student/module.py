@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import UserError
 from student.batch import IGNORE, Batch
@@ -172,6 +173,9 @@ class DistillModule(LightningModule):
         student = DistilXLSTM(self.student, data.teacher.facts, data.teacher.tensors(), data.max_length)
         self.loss.check(data.taus, data.has_hidden, data.pool_block > 0, len(student.mlstm_blocks))
         self.model = student
+        # Frozen and read by every rank from the same file: DDP would send them round before each step.
+        frozen = [f"model.{name}" for name, _ in student.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
 
     @property
     def _data(self) -> Any:

@@ -46,6 +46,10 @@ class Watch(Callback):
         self.largest: list[float] = []
         self.fused: list[Any] = []
         self.on_host: dict[str, bool] = {}
+        self.broadcast: list[torch.Tensor] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.broadcast = getattr(trainer.strategy.model, "modules_buffers", None)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
@@ -109,3 +113,16 @@ def test_autocast_does_not_round_the_teachers_map() -> None:
     expected = attention_alignment(*arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(attention_alignment(*arguments), expected)
+
+
+def test_ranks_do_not_send_the_frozen_teacher_round(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank over gloo: what DistributedDataParallel would broadcast before every step."""
+    extra = ("--trainer.strategy=ddp", "--trainer.devices=1", "--trainer.max_steps=1")
+    try:
+        watch = train(options(cache, tmp_path / "run", *extra), monkeypatch, fused=False)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert watch.broadcast == []
