@@ -311,8 +311,8 @@ def shards(case: Case) -> dict[str, Any]:
     assert clock.model is not None
     tokens = case.steps * case.batch * case.gpus * case.length
     found = {"seconds": clock.seconds, "tokens": tokens, "loss": clock.loss, **clock.memory, "gpus": case.gpus}
-    found["loader_wait_us"] = sum(clock.waits) / tokens * 1e6
-    return {**found, **floor(clock.model, case, device)}
+    waits = {"loader_wait_us": sum(clock.waits) / tokens * 1e6, "longest_wait_s": max(clock.waits)}
+    return {**found, **waits, **floor(clock.model, case, device)}
 
 
 def main() -> None:

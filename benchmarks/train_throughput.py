@@ -34,7 +34,7 @@ from benchmarks.train_case import LOSS_PRESET, PRESETS, Case
 
 CASES = ("online", "package", "synthetic", "shards", "shards_ddp2")
 KEYS = ("preset", "case", "batch", "length")
-COLUMNS = [*KEYS, "tokens_per_s", "us_per_token", "share", "peak_gb", "micro_rows", "loader_wait_us"]
+COLUMNS = [*KEYS, "tokens_per_s", "us_per_token", "share", "peak_gb", "micro_rows", "loader_wait_us", "longest_wait_s"]
 SMALL: dict[str, Any] = {
     "width": 64, "vocab": 160, "k": 8, "block": 16, "groups": 2, "teacher_layers": 1, "heads": 4, "blocks": 2,
 }  # fmt: skip
@@ -92,8 +92,12 @@ def run_cases(arguments: argparse.Namespace, scratch: Path) -> list[Row]:
 
 
 def case_of(arguments: argparse.Namespace, kind: str, preset: str, batch: int, length: int, folder: Path) -> Case:
+    steps = arguments.steps
+    if kind.startswith("shards"):
+        gpus = 2 if kind == "shards_ddp2" else 1
+        steps = max(steps, arguments.shard_tokens // (batch * length * gpus))
     return Case(
-        kind, batch, length, preset, arguments.steps, arguments.warmup, micro_rows=arguments.micro_rows,
+        kind, batch, length, preset, steps, arguments.warmup, micro_rows=arguments.micro_rows,
         chunk_rows=arguments.chunk_rows, cache=str(folder / "cache"), run=str(folder / "run"),
         profile=arguments.profile, parts=not arguments.no_parts, **(SMALL if arguments.small else {}),
     )  # fmt: skip
@@ -114,6 +118,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--presets", nargs="+", default=[LOSS_PRESET], choices=presets, help="shapes of the student")
     options.add_argument("--shapes", nargs="+", type=shape, default=[(64, 512), (16, 2048)], help="rows x tokens a row")
     options.add_argument("--steps", type=int, default=30, help="optimiser steps that are timed")
+    options.add_argument(
+        "--shard_tokens", type=int, default=4_194_304,
+        help="shards are read for at least so many timed tokens: two of the loader's windows of 16 row groups",
+    )  # fmt: skip
     options.add_argument("--warmup", type=int, default=10, help="optimiser steps before them")
     options.add_argument(
         "--micro_rows", type=int, default=0, help="rows of a forward pass of online and package; 0: most"
