@@ -50,7 +50,7 @@ class CheckedParquet:
     """A Parquet file whose footer was looked at before Arrow parsed it.
 
     Args:
-        path: the file.
+        source: the file, by path or opened.
         columns: what its columns may hold.
         schema: the schema its footer must have.
         rows: rows it must have in all; None: any number.
@@ -64,7 +64,7 @@ class CheckedParquet:
 
     def __init__(
         self,
-        path: Path,
+        source: Path | BinaryIO,
         columns: tuple[Column, ...],
         schema: list[Any],
         rows: int | None,
@@ -72,7 +72,7 @@ class CheckedParquet:
         **options: Any,
     ) -> None:
         self.columns = columns
-        self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._file: BinaryIO = open(source, "rb", buffering=0) if isinstance(source, Path) else source  # noqa: SIM115
         self._checked: set[tuple[int, int]] = set()
         try:
             footer, before = self._footer()
@@ -82,7 +82,7 @@ class CheckedParquet:
                 groups = check_footer(footer, before, columns, schema, MOST_GROUPS)
                 _check_rows(groups, rows, group_rows)
             self.parquet = pq.ParquetFile(
-                path,
+                source,
                 page_checksum_verification=True,
                 memory_map=False,
                 thrift_string_size_limit=max(len(footer), 1),
@@ -167,7 +167,7 @@ def _check_rows(groups: list[Group], rows: int | None, group_rows: int) -> None:
         raise Malformed(f"has row groups of {counts[:4]} rows; the contract asks for {group_rows} at most")
 
 
-def open_shard(path: Path, spec: CacheSpec, rows: int | None) -> CheckedParquet:
+def open_shard(source: Path | BinaryIO, spec: CacheSpec, rows: int | None) -> CheckedParquet:
     """A shard's file; `rows`: those its JSON says, None where there is none yet.
 
     Raises:
@@ -175,7 +175,7 @@ def open_shard(path: Path, spec: CacheSpec, rows: int | None) -> CheckedParquet:
         OSError, pa.ArrowException: from Arrow.
     """
     columns, schema, arrow = shard_columns(spec)
-    file = CheckedParquet(path, columns, schema, rows, spec.rows_per_group)
+    file = CheckedParquet(source, columns, schema, rows, spec.rows_per_group)
     if not file.parquet.schema_arrow.equals(arrow):
         names = sorted({field.name for field in set(arrow) ^ set(file.parquet.schema_arrow)})
         file.close()
