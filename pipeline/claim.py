@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.commit import host_name, new_claim_id
+from pipeline.errors import UserError
 from pipeline.store import is_remote
 
 EXPIRY_SECONDS = 600.0
 REFRESH_SECONDS = 30.0
 TEMPORARY = re.compile(r"\.(?P<id>(?P<host>[^.]+)-(?P<pid>\d+)-[0-9a-f]{8})\.tmp$")
 """The end of a temporary's name: the id of the writer it belongs to."""
+HOLDER_FACTS: dict[str, str] = {}
+"""What else the claims of this process say of it, such as the node of a cluster that it runs on."""
 
 
 class Claim:
@@ -36,14 +39,14 @@ class Claim:
         self._thread = threading.Thread(target=self._refresh, name=f"claim-{path.stem}", daemon=True)
         self._thread.start()
 
-    def _is_ours(self) -> bool:
+    def is_ours(self) -> bool:
         """False once another writer took an expired claim over (this machine slept, or lost the disk for a while)."""
         return _read(self.path).get("id") == self.id
 
     def _refresh(self) -> None:
         while not self._stop.wait(REFRESH_SECONDS):
             with contextlib.suppress(OSError):
-                if self._is_ours():
+                if self.is_ours():
                     self._touch()
 
     def _touch(self) -> None:
@@ -52,8 +55,26 @@ class Claim:
     def release(self) -> None:
         self._stop.set()
         with contextlib.suppress(OSError):
-            if self._is_ours():
+            if self.is_ours():
                 self.path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Before something is made visible: whether the work is still ours, as far as the storage can tell.
+
+        Raises:
+            UserError: another writer took it over, because this one could not refresh its claim for too long.
+        """
+        try:
+            ours = self.is_ours()
+        except FileNotFoundError:
+            ours = False
+        except OSError:
+            return
+        if not ours:
+            raise UserError(
+                f"{self.path}: another writer took this work over, since this process could not refresh its claim (the "
+                "machine slept, or lost its storage): run the same command to go on"
+            )
 
     def __enter__(self) -> Claim:
         return self
@@ -101,7 +122,7 @@ def clear_if_dead(path: Path, cache: Path) -> bool:
     if holder.get("id"):
         for leftover in cache.glob(f"**/.*.{holder['id']}.tmp"):
             leftover.unlink(missing_ok=True)
-    return _take_away(path, holder)
+    return take_away(path, holder)
 
 
 def is_held(cache: Path, name: str) -> bool:
@@ -124,7 +145,7 @@ def _is_dead(path: Path, holder: dict[str, Any]) -> bool:
     return age > EXPIRY_SECONDS if lives is None else not lives
 
 
-def _take_away(path: Path, holder: dict[str, Any]) -> bool:
+def take_away(path: Path, holder: dict[str, Any]) -> bool:
     """Remove the claim of `holder` unless another writer was faster and its live claim stands there by now."""
     grave = path.with_name(f".{path.name}.{new_claim_id()}.tmp")
     try:
@@ -172,7 +193,8 @@ def _clear_unclaimed(cache: Path) -> None:
 
 def holder_record(claim_id: str) -> dict[str, Any]:
     """What a claim says of its owner, which is this process."""
-    return {"id": claim_id, "machine": _machine(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+    process = {"machine": _machine(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+    return {"id": claim_id, **process, **HOLDER_FACTS}
 
 
 def holder_lives_here(holder: dict[str, Any]) -> bool | None:

@@ -54,11 +54,13 @@ class EngineOptions:
     """Keep vLLM's and transformers' notes and progress bars off the terminal; what failed is always shown."""
 
 
-def default_rows_per_step(length: int) -> int:
-    """Sequences of T tokens that fill an engine step of this machine."""
-    import torch
+def default_rows_per_step(length: int, on_gpu: bool | None = None) -> int:
+    """Sequences of T tokens that fill an engine step of a GPU or of a CPU; None: of this machine's."""
+    if on_gpu is None:
+        import torch
 
-    return max(1, (_GPU_TOKENS if torch.cuda.is_available() else _CPU_TOKENS) // length)
+        on_gpu = torch.cuda.is_available()
+    return max(1, (_GPU_TOKENS if on_gpu else _CPU_TOKENS) // length)
 
 
 def kv_cache_bytes(config: dict[str, Any], length: int, rows_per_step: int, tensor_parallel: int = 1) -> int:
@@ -158,6 +160,8 @@ class TeacherEngine:
             "dtype": options.dtype,
             "load_format": options.load_format,
             "tensor_parallel_size": options.tensor_parallel,
+            # Within a placement group of Ray vLLM would otherwise make Ray actors of its ranks.
+            "distributed_executor_backend": "mp" if options.tensor_parallel > 1 else None,
             "gpu_memory_utilization": options.gpu_memory_utilization,
             "enforce_eager": options.enforce_eager,
             "enable_prefix_caching": False,
