@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pipeline.commit import commit_file, commit_json, file_sha256, read_json
 from pipeline.errors import UserError
 from pipeline.schema import HELDOUT_UNIT, unit_name
-from pipeline.store import is_remote
+from pipeline.store import names_in
 
 INDEX = "index.json"
 WORTH_WHILE = 1000
@@ -123,17 +123,12 @@ class ShardEntries(Sequence[ShardEntry]):
 def listed_units(cache: Path, split: str) -> np.ndarray:
     """Units of a split whose JSON is there, ascending, int64; from one listing of the folder."""
     kind = "heldout" if split == "heldout" else "shard"
-    names: Iterable[str]
-    if is_remote(cache):
-        store: Any = cache
-        try:
-            names = [path.rsplit("/", 1)[-1] for path in store.fs.ls(store.path, detail=False)]
-        except FileNotFoundError:
-            names = []
-    else:
-        names = (entry.name for entry in os.scandir(cache))
     prefix = f"{kind}-"
-    found = [int(match[2]) for name in names if name.startswith(prefix) and (match := NAME.fullmatch(name)) is not None]
+    found = [
+        int(match[2])
+        for name in names_in(cache)
+        if name.startswith(prefix) and (match := NAME.fullmatch(name)) is not None
+    ]
     return np.sort(np.array(found, np.int64)) + (HELDOUT_UNIT if split == "heldout" else 0)
 
 

@@ -9,6 +9,7 @@ Legend: T sequence length of the cache, L tokens of one row.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _CPU_TOKENS, _GPU_TOKENS = 2048, 32768
 """Tokens of a step where `rows_per_step` leaves the choice: enough to fill the device's matrix units."""
+STEPS_TO_SETTLE = 4
+"""At most two steps are under way; each may take a call to start and one to end."""
 _KV_PAGE = 256
 """Tokens; no smaller than the pages vLLM keeps keys and values in by default."""
 
@@ -227,9 +230,9 @@ class TeacherEngine:
                 self._drain(*waiting)
                 yield from self._collect(*waiting)
         finally:
+            if self._engine is not None and waiting and not self._settle():
+                self.close()
             if self._engine is not None:
-                if waiting:
-                    self._drain(*waiting)
                 self._engine.collective_rpc("capture_forget")
 
     def _steps(self, units: Iterable[tuple[int, Iterable[PackedRow]]]) -> Iterator[tuple[int, list[PackedRow]]]:
@@ -264,6 +267,17 @@ class TeacherEngine:
                 self._engine.step()
         except Exception as error:
             raise self._died(error, unit, step) from error
+
+    def _settle(self) -> bool:
+        """End what was started when nobody wants it any more; False if vLLM cannot: an interruption within its step
+        leaves requests that never finish."""
+        with contextlib.suppress(Exception):  # what ends the stream is told already
+            for _ in range(STEPS_TO_SETTLE):
+                if not self._engine.has_unfinished_requests():
+                    return True
+                self._engine.step()
+            return not self._engine.has_unfinished_requests()
+        return False
 
     def _died(self, error: Exception, unit: int, step: list[PackedRow]) -> Exception:
         self.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import overload
 
@@ -11,7 +10,7 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.index import listed_units, read_index
 from pipeline.schema import HELDOUT_UNIT, unit_name
-from pipeline.store import is_remote
+from pipeline.store import names_in
 from teacher_dump.plan import Plan, Unit
 from teacher_dump.work import Work, is_done
 
@@ -58,13 +57,12 @@ def pending_units(work: Work) -> Units:
         found = None  # a damaged index is built anew at the end
     listed = np.concatenate([listed_units(work.cache, split) for split in ("train", "heldout")])
     indexed = found[1].unit if found is not None else np.zeros(0, np.int64)
-    if not is_remote(work.cache):
-        indexed = indexed[np.isin(indexed, listed)]
-        files = {entry.name for entry in os.scandir(work.cache) if entry.name.endswith(".parquet")}
-        indexed = np.array([unit for unit in indexed.tolist() if f"{unit_name(unit)}.parquet" in files], np.int64)
+    files = {name for name in names_in(work.cache) if name.endswith(".parquet")}
+    indexed = indexed[np.isin(indexed, listed)]
+    indexed = np.array([unit for unit in indexed.tolist() if f"{unit_name(unit)}.parquet" in files], np.int64)
     done = set()
     for unit in Units(work.plan, wanted.numbers[np.isin(wanted.numbers, listed) & ~np.isin(wanted.numbers, indexed)]):
         if is_done(work, unit):
             done.add(unit.unit)
-    done_N = np.concatenate([indexed[np.isin(indexed, listed)], np.array(sorted(done), np.int64)])
+    done_N = np.concatenate([indexed, np.array(sorted(done), np.int64)])
     return Units(work.plan, wanted.numbers[~np.isin(wanted.numbers, done_N)])
