@@ -181,7 +181,7 @@ def run(options: Options) -> int:
         raise UserError(f"--ks {max(options.ks)}: {options.cache} holds K={cache.spec.k}; name smaller ones")
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
-    columns, origin = load_rows(cache, options.tokens), cache.shards()[0]
+    columns, origin = load_rows(cache, options.tokens), next(cache.records())
     rows: list[Row] = []
     for k in options.ks:
         narrow, spec = with_smaller_k(columns, cache.spec, k)

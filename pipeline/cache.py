@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.fields import check_stays
+from pipeline.index import INDEX, ShardEntries, ShardEntry, listed_units, read_index, write_index
 from pipeline.manifest import read_manifest
 from pipeline.row_checks import check_indices
 from pipeline.schema import HELDOUT_UNIT, unit_name
-from pipeline.shard import Columns, ShardFile, ShardRecord, read_record
+from pipeline.shard import Columns, DamagedShard, ShardFile, ShardRecord, read_record
+from pipeline.store import open_path
 from pipeline.teacher_folder import TeacherFolder
 
 SPLITS = ("train", "heldout")
@@ -27,7 +32,7 @@ class Cache:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path = open_path(path)
         self.manifest = read_manifest(self.path)
         self.spec = self.manifest.spec
 
@@ -49,22 +54,55 @@ class Cache:
                 )
         return teacher
 
-    def shards(self, split: str = "train") -> list[ShardRecord]:
-        """Records of the committed shards of `split`, ordered by unit.
+    def shards(self, split: str = "train") -> ShardEntries:
+        """The committed shards of `split`, ordered by unit: those of the index, the others from their JSON.
 
         Raises:
-            UserError: a record is damaged or belongs to another cache.
+            UserError: a record or the index is damaged or belongs to another cache.
         """
-        pattern = "heldout-*.json" if split == "heldout" else "shard-*.json"
-        records = [read_record(path) for path in sorted(self.path.glob(pattern))]
-        for record in records:
-            for field in ("compat_id", "data_id"):
-                if getattr(record, field) != getattr(self.manifest, field):
-                    raise UserError(
-                        f"{self.path / (record.name + '.json')}: {field} is {getattr(record, field)}, the cache's is "
-                        f"{getattr(self.manifest, field)}: the shard was copied from another cache; remove it"
-                    )
-        return sorted(records, key=lambda record: record.unit)
+        units = listed_units(self.path, split)
+        entries = ShardEntries.of([])
+        found = read_index(self.path)
+        if found is not None:
+            record, entries = found
+            self._check_identity(self.path / INDEX, record)
+            entries = entries.select(np.isin(entries.unit, units))
+        new = units[~np.isin(units, entries.unit)]
+        records = (self._record_if_there(int(unit)) for unit in new)
+        return entries.and_also(ShardEntries.of(record for record in records if record is not None))
+
+    def records(self, split: str = "train") -> Iterator[ShardRecord]:
+        """The whole records of the committed shards of `split`, ordered by unit, each read from its JSON."""
+        records = (self._record_if_there(int(unit)) for unit in listed_units(self.path, split))
+        return (record for record in records if record is not None)
+
+    def record(self, unit: int) -> ShardRecord:
+        """The record of a committed unit.
+
+        Raises:
+            UserError: it is missing, damaged or belongs to another cache.
+        """
+        path = self.path / f"{unit_name(unit)}.json"
+        record = read_record(path)
+        self._check_identity(path, vars(record))
+        return record
+
+    def _record_if_there(self, unit: int) -> ShardRecord | None:
+        """None where a shard that was just listed is gone: it is being dumped again."""
+        try:
+            return self.record(unit)
+        except UserError:
+            if (self.path / f"{unit_name(unit)}.json").is_file():
+                raise
+            return None
+
+    def _check_identity(self, path: Path, record: dict[str, Any]) -> None:
+        for field in ("compat_id", "data_id"):
+            if record.get(field) != getattr(self.manifest, field):
+                raise UserError(
+                    f"{path}: {field} is {record.get(field)}, the cache's is {getattr(self.manifest, field)}: the "
+                    "shard was copied from another cache; remove it"
+                )
 
     def find(self, shard: int, split: str = "train") -> ShardRecord:
         """The record of shard number `shard` of `split`."""
@@ -73,11 +111,23 @@ class Cache:
         if not path.is_file():
             here = len(list(self.path.glob("shard-*.json")))
             raise UserError(f"{path} is missing: the cache has {here} training shards; name another one (SHARD=...)")
-        return read_record(path)
+        return self.record(unit)
 
-    def open(self, record: ShardRecord) -> ShardFile:
+    def open(self, shard: ShardEntry | ShardRecord) -> ShardFile:
         """Open a shard; its size and footer digest are checked."""
-        return ShardFile(self.path, record, self.spec)
+        try:
+            return ShardFile(self.path, shard, self.spec)
+        except DamagedShard:
+            now = self.record(shard.unit)  # dumped again since the index was built?
+            if now.footer_sha256 == shard.footer_sha256:
+                raise
+            return ShardFile(self.path, now, self.spec)
+
+    def build_index(self) -> int:
+        """Write the index of all committed shards; returns their number."""
+        entries = self.shards("train").and_also(self.shards("heldout"))
+        write_index(self.path, entries, {name: getattr(self.manifest, name) for name in ("compat_id", "data_id")})
+        return len(entries)
 
     def groups(self, split: str, columns: list[str] | None = None) -> Iterator[Columns]:
         """Every row group of `split` in order, as NumPy columns, ids and lengths in their ranges."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.commit import host_name, new_claim_id
+from pipeline.store import is_remote
 
 EXPIRY_SECONDS = 600.0
 REFRESH_SECONDS = 30.0
@@ -43,7 +44,10 @@ class Claim:
         while not self._stop.wait(REFRESH_SECONDS):
             with contextlib.suppress(OSError):
                 if self._is_ours():
-                    os.utime(self.path)
+                    self._touch()
+
+    def _touch(self) -> None:
+        os.utime(self.path)
 
     def release(self) -> None:
         self._stop.set()
@@ -63,13 +67,16 @@ def try_claim(cache: Path, name: str) -> Claim | None:
 
     A dead claim is cleared first, with the temporaries that carry its id.
     """
+    if is_remote(cache):
+        from pipeline.store_claim import try_store_claim
+
+        return try_store_claim(cache, name)
     folder = cache / "claims"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     claim_id = new_claim_id()
-    record = {"id": claim_id, "machine": _machine(), "pid": os.getpid(), "started": _process_start(os.getpid())}
     draft = folder / f".{name}.{claim_id}.tmp"
-    draft.write_text(json.dumps({**record, "since": time.time()}))
+    draft.write_text(json.dumps({**holder_record(claim_id), "since": time.time()}))
     try:
         for _ in range(2):
             try:
@@ -86,20 +93,35 @@ def try_claim(cache: Path, name: str) -> Claim | None:
 def clear_if_dead(path: Path, cache: Path) -> bool:
     """Remove the claim at `path` and its temporaries if its owner is gone; True if the claim is free now."""
     try:
-        age = time.time() - path.stat().st_mtime
         holder = _read(path)
+        if not _is_dead(path, holder):
+            return False
     except FileNotFoundError:
         return True
-    if holder.get("machine") == _machine():
-        dead = not _process_lives(int(holder.get("pid", 0)), holder.get("started"))
-    else:
-        dead = age > EXPIRY_SECONDS
-    if not dead:
-        return False
     if holder.get("id"):
         for leftover in cache.glob(f"**/.*.{holder['id']}.tmp"):
             leftover.unlink(missing_ok=True)
     return _take_away(path, holder)
+
+
+def is_held(cache: Path, name: str) -> bool:
+    """Whether a live writer works on what is called `name` at this moment; nothing is changed."""
+    if is_remote(cache):
+        from pipeline.store_claim import is_held_in_store
+
+        return is_held_in_store(cache, name)
+    path = cache / "claims" / f"{name}.json"
+    try:
+        return not _is_dead(path, _read(path))
+    except FileNotFoundError:
+        return False
+
+
+def _is_dead(path: Path, holder: dict[str, Any]) -> bool:
+    """Whether the holder of the claim at `path` is gone; raises FileNotFoundError if the claim is."""
+    age = time.time() - path.stat().st_mtime
+    lives = holder_lives_here(holder)
+    return age > EXPIRY_SECONDS if lives is None else not lives
 
 
 def _take_away(path: Path, holder: dict[str, Any]) -> bool:
@@ -121,6 +143,11 @@ def _take_away(path: Path, holder: dict[str, Any]) -> bool:
 
 def clear_dead_claims(cache: Path) -> None:
     """At the start of a dump: clear what crashed writers left; live writers' claims and temporaries stay."""
+    if is_remote(cache):
+        from pipeline.store_claim import clear_dead_store_claims
+
+        clear_dead_store_claims(cache)
+        return
     folder = cache / "claims"
     if folder.is_dir():
         for path in sorted(folder.glob("*.json")):
@@ -141,6 +168,18 @@ def _clear_unclaimed(cache: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > EXPIRY_SECONDS:
                 path.unlink()
+
+
+def holder_record(claim_id: str) -> dict[str, Any]:
+    """What a claim says of its owner, which is this process."""
+    return {"id": claim_id, "machine": _machine(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+
+
+def holder_lives_here(holder: dict[str, Any]) -> bool | None:
+    """Whether a claim's owner runs on this machine; None if it belongs to another one, of which nothing is known."""
+    if holder.get("machine") != _machine():
+        return None
+    return _process_lives(int(holder.get("pid", 0)), holder.get("started"))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,27 +1,36 @@
 """How every file of a cache or run becomes visible: all of it, checked, or not at all.
 
-The protocol (one place, used for shards, JSON, plans, teacher folders and reports):
+The protocol (one place, used for shards, JSON, plans, teacher folders, checkpoints and reports). On a file system:
 
-    temporary name with the claim's id -> write -> close -> read back -> sha256 -> fsync -> rename -> fsync the folder
+    temporary name with the claim's id -> write -> close -> fsync -> forget cached pages -> read back: sha256 of what
+    was meant, and page checksums -> rename -> fsync the folder
 
-A reader therefore never sees a half-written file under a final name. JSON files end with a digest of their own
-content, so that a damaged one is told from a good one.
+On an object store (any fsspec URL), which has no rename but shows an object only when its upload is complete:
+
+    write beside -> check -> upload under the final name -> read back: sha256 of what was meant
+
+A shard's JSON is committed after its Parquet file, so on both a reader never sees a half-written file under a name it
+looks for. JSON files end with a digest of their own content, so that a damaged one is told from a good one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.errors import UserError, one_line
+from pipeline.store import is_remote, upload
 
 CHUNK_BYTES = 1 << 20
 MOST_JSON_BYTES = 4 << 20
@@ -56,7 +65,7 @@ def temporary_path(final: Path, claim: str) -> Path:
 def file_sha256(path: Path, start: int = 0, length: int | None = None) -> str:
     """Hex sha256 of a file, or of `length` bytes of it from `start`."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         file.seek(start)
         left = length
         while left is None or left > 0:
@@ -66,6 +75,40 @@ def file_sha256(path: Path, start: int = 0, length: int | None = None) -> str:
             digest.update(block)
             left = None if left is None else left - len(block)
     return digest.hexdigest()
+
+
+class DigestingFile:
+    """A file open for writing that takes the sha256 of what it is told to write, whatever the disk makes of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] = open(path, "wb")  # noqa: SIM115 - closed by whoever opened this
+        self._digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> DigestingFile:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
 
 def fsync_folder(folder: Path) -> None:
@@ -79,7 +122,7 @@ def fsync_folder(folder: Path) -> None:
 
 def commit_file(
     final: Path,
-    write: Callable[[Path], None],
+    write: Callable[[Path], object],
     *,
     claim: str | None = None,
     check: Callable[[Path], None] | None = None,
@@ -88,30 +131,48 @@ def commit_file(
     """Write `final` by the protocol above.
 
     Args:
-        final: the name readers see.
-        write: writes and closes the temporary file whose path it is given.
+        final: the name readers see, on a file system or an object store.
+        write: writes and closes the temporary file whose path it is given; may return the hex sha256 of what it meant
+            to write (a str), which is then compared with what is read back.
         claim: the writer's id; a new one if None.
-        check: reads the closed temporary back and raises if it is not what was meant.
+        check: looks at the closed temporary and raises if it is not what was meant.
         exclusive: raise FileExistsError instead of replacing an existing `final`.
 
     Raises:
-        OSError: from the file system; `final` is untouched and the temporary removed where that is possible.
+        OSError: from the file system or store, or EIO where what was written reads back differently; `final` is
+            untouched (on a store: not the new file) and the temporary removed where that is possible.
     """
+    if is_remote(final):
+        with tempfile.TemporaryDirectory(prefix="distil-xlstm-") as scratch:
+            temporary = Path(scratch) / final.name
+            digest = _written(temporary, write, check)
+            upload(temporary, final, digest.sha256, exclusive=exclusive)
+        return digest
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(final, claim or new_claim_id())
     try:
-        write(temporary)
-        if check is not None:
-            check(temporary)
-        digest = FileDigest(temporary.stat().st_size, file_sha256(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        digest = _written(temporary, write, check)
         publish(temporary, final, exclusive=exclusive)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
     return digest
+
+
+def _written(path: Path, write: Callable[[Path], object], check: Callable[[Path], None] | None) -> FileDigest:
+    """Write a file, bring it to the disk, and look at what is there."""
+    meant = write(path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # so that it is read from the disk, not from memory
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    found = file_sha256(path)
+    if isinstance(meant, str) and found != meant:
+        raise OSError(errno.EIO, "what was written reads back differently: the disk is not to be trusted", str(path))
+    if check is not None:
+        check(path)
+    return FileDigest(path.stat().st_size, found)
 
 
 def publish(temporary: Path, final: Path, *, exclusive: bool = False) -> None:
@@ -125,17 +186,13 @@ def publish(temporary: Path, final: Path, *, exclusive: bool = False) -> None:
 
 
 def commit_bytes(final: Path, data: bytes, *, claim: str | None = None, exclusive: bool = False) -> FileDigest:
-    """Commit a file that is already in memory; the read-back compares every byte."""
+    """Commit a file that is already in memory."""
 
-    def check(path: Path) -> None:
-        if path.read_bytes() != data:
-            raise OSError(5, "what was written reads back differently", str(path))
+    def write(path: Path) -> str:
+        path.write_bytes(data)
+        return hashlib.sha256(data).hexdigest()
 
-    return commit_file(final, lambda path: _write_bytes(path, data), claim=claim, check=check, exclusive=exclusive)
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    return commit_file(final, write, claim=claim, exclusive=exclusive)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -143,16 +200,15 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-def json_digest(record: dict[str, Any]) -> str:
-    """sha256 of a record without its own `digest` field."""
-    content = {k: v for k, v in record.items() if k != "digest"}
-    return hashlib.sha256(canonical_json(content)).hexdigest()
+DIGEST_END = re.compile(rb',\n "digest": "([0-9a-f]{64})"\n}\n\Z')
+"""The last line of a JSON file: the sha256 of all bytes before it."""
 
 
 def commit_json(final: Path, record: dict[str, Any], *, claim: str | None = None, exclusive: bool = False) -> None:
-    """Commit a JSON object with a digest of itself as its last field."""
-    text = json.dumps({**record, "digest": json_digest(record)}, indent=1, ensure_ascii=False, allow_nan=False)
-    commit_bytes(final, (text + "\n").encode(), claim=claim, exclusive=exclusive)
+    """Commit a JSON object, not an empty one, with a digest of itself as its last field."""
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}").encode()
+    digest = hashlib.sha256(text).hexdigest()
+    commit_bytes(final, text + f',\n "digest": "{digest}"\n}}\n'.encode(), claim=claim, exclusive=exclusive)
 
 
 def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
@@ -166,32 +222,51 @@ def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
             deep, or its digest does not match its content.
     """
     try:
-        record = json.loads(read_text(path, most))
+        data = read_limited(path, most)
+        end = DIGEST_END.search(data, max(0, len(data) - 128))
+        if end is None or hashlib.sha256(data[: end.start()]).hexdigest().encode() != end[1]:
+            raise UserError(f"{path} does not match the digest at its end: it was damaged or edited; restore it")
+        record = json.loads(data.decode("utf-8"), parse_constant=_no_number)
         check_depth(record)
-        intact = isinstance(record, dict) and record.get("digest") == json_digest(record)
     except (ValueError, RecursionError) as error:  # also NaN, huge integers and broken UTF-8
         reason = one_line(error)[:200]
         raise UserError(f"{path} is not valid JSON ({reason}): it was damaged; restore it from a copy") from None
-    if not intact:
-        raise UserError(f"{path} does not match the digest at its end: it was damaged or edited; restore it")
+    if not isinstance(record, dict):
+        raise UserError(f"{path} holds no JSON object: something else wrote it; restore it from a copy")
     del record["digest"]
     return record
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def read_text(path: Path, most: int = MOST_JSON_BYTES) -> str:
     """The text of a regular file of at most `most` bytes.
 
     Raises:
-        UserError: there is none, it is no regular file (reading a pipe would never end), or it is larger.
+        UserError: as `read_limited`.
         UnicodeDecodeError: it is not UTF-8.
+    """
+    return read_limited(path, most).decode("utf-8")
+
+
+def read_limited(path: Path, most: int) -> bytes:
+    """The bytes of a regular file of at most `most` bytes.
+
+    Raises:
+        UserError: there is none, it is no regular file (reading a pipe would never end), or it is larger.
     """
     if not path.is_file():
         raise UserError(f"{path} {'is no regular file: remove it' if path.exists() else 'is missing'}")
-    with open(path, "rb") as file:
-        data = file.read(most + 1)
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except FileNotFoundError:  # removed this moment
+        raise UserError(f"{path} is missing") from None
     if len(data) > most:
         raise UserError(f"{path} has more than {most} bytes, none of its kind has: it was damaged; restore it")
-    return data.decode("utf-8")
+    return data
 
 
 def check_depth(value: Any) -> None:

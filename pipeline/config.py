@@ -5,13 +5,24 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse.typing import register_type
 
 from pipeline.errors import UserError
+from pipeline.store import open_path
 
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+    Place = Path
+else:
+
+    class Place:
+        """Type of an option that names a folder by path or URL; its value is what `open_path` returns."""
+
+    register_type(Place, serializer=str, deserializer=open_path, type_check=lambda value, _: hasattr(value, "joinpath"))
 
 
 class Parser(ArgumentParser):

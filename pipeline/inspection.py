@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.cache import Cache
+from pipeline.config import Place
 from pipeline.errors import UserError
 from pipeline.row_checks import targets
 from pipeline.schema import CacheSpec
@@ -33,7 +33,7 @@ TYPE_NAMES = {"halffloat": "float16", "float": "float32", "double": "float64"}
 class Options:
     """What to look at."""
 
-    cache: Path
+    cache: Place
     """folder of the cache"""
     shard: int = 0
     """number of the shard"""
@@ -141,7 +141,7 @@ def chosen_positions(options: Options, length: int) -> list[int]:
 
 def shard_lines(cache: Cache, shard: ShardFile) -> Iterator[str]:
     """The shard's facts and its columns, as lines."""
-    record, spec, facts = shard.record, cache.spec, cache.teacher.facts
+    record, spec, facts = cache.record(shard.record.unit), cache.spec, cache.teacher.facts
     short = ", its source range held fewer than planned" if record.short else ""
     shape = f"T={spec.length} K={spec.k} V={spec.vocab_size:,} tau={', '.join(f'{t:g}' for t in spec.taus)}"
     if spec.block:

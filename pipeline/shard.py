@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.checked_parquet import open_shard
-from pipeline.commit import commit_file, commit_json, file_sha256, read_json
+from pipeline.commit import DigestingFile, commit_file, commit_json, file_sha256, read_json
 from pipeline.errors import UserError, one_line
 from pipeline.fields import MOST_COUNT, Fields, check_stays
+from pipeline.index import ShardEntry
 from pipeline.schema import HELDOUT_UNIT, CacheSpec, unit_name
 from pipeline.thrift import Malformed
 
@@ -69,12 +70,14 @@ def to_table(spec: CacheSpec, schema: pa.Schema, columns: Columns) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def write_parquet(path: Path, spec: CacheSpec, metadata: dict[str, Any], groups: Iterable[Columns]) -> None:
-    """Write row groups to `path`. Each item of `groups` becomes one row group."""
+def write_parquet(path: Path, spec: CacheSpec, metadata: dict[str, Any], groups: Iterable[Columns]) -> str:
+    """Write row groups to `path` and return the sha256 of what was written. Each item of `groups` is one row group."""
     schema = spec.arrow_schema(metadata)
-    with pq.ParquetWriter(path, schema, **spec.write_options()) as writer:
-        for columns in groups:
-            writer.write_table(to_table(spec, schema, columns))
+    with DigestingFile(path) as file:
+        with pq.ParquetWriter(file, schema, **spec.write_options()) as writer:
+            for columns in groups:
+                writer.write_table(to_table(spec, schema, columns))
+        return file.sha256()
 
 
 def footer_sha256(path: Path) -> str:
@@ -84,7 +87,7 @@ def footer_sha256(path: Path) -> str:
         DamagedShard: the file is too short or does not end as Parquet does.
     """
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         file.seek(max(0, size - 8))
         tail = file.read(8)
     length = int.from_bytes(tail[:4], "little")
@@ -113,7 +116,8 @@ def commit_shard(
         describe: called once after the last group; returns the `ShardRecord` fields that the rows decide (a dict).
         claim: the writer's id.
     """
-    final = folder / f"{unit_name(unit)}.parquet"
+    final, record_path = folder / f"{unit_name(unit)}.parquet", folder / f"{unit_name(unit)}.json"
+    record_path.unlink(missing_ok=True)  # a damaged shard is dumped again: it must not be seen half replaced
     digest = commit_file(
         final,
         lambda path: write_parquet(path, spec, metadata, groups),
@@ -128,7 +132,7 @@ def commit_shard(
         footer_sha256=footer_sha256(final),
         **describe(),
     )
-    commit_json(folder / f"{unit_name(unit)}.json", asdict(record), claim=claim)
+    commit_json(record_path, asdict(record), claim=claim)
     return record
 
 
@@ -193,7 +197,7 @@ class ShardFile:
         DamagedShard: on opening or reading; never returns wrong rows.
     """
 
-    def __init__(self, folder: Path, record: ShardRecord, spec: CacheSpec) -> None:
+    def __init__(self, folder: Path, record: ShardRecord | ShardEntry, spec: CacheSpec) -> None:
         self.path = folder / record.file
         self.record = record
         self.spec = spec

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache import Cache
+from pipeline.config import Place
 from pipeline.report.sources import NAMES, CacheFacts, Run, cache_facts, read_run
 
 DESCRIPTION = "Print in a few lines what a cache holds, how far a run was trained and what it measured."
@@ -16,7 +17,7 @@ DESCRIPTION = "Print in a few lines what a cache holds, how far a run was traine
 class Options:
     """What to sum up."""
 
-    cache: Path
+    cache: Place
     """folder of the cache"""
     run: Path
     """folder of the run; it may not exist yet"""

@@ -21,7 +21,7 @@ import pyarrow as pa
 from safetensors import SafetensorError, safe_open
 
 from pipeline.checked_parquet import read_token_bytes
-from pipeline.commit import check_depth, read_json, read_text
+from pipeline.commit import check_depth, file_sha256, read_json, read_text
 from pipeline.errors import UserError, one_line
 from pipeline.fields import Fields, check_stays, child
 from pipeline.schema import MOST_VOCABULARY, MOST_WIDTH
@@ -89,13 +89,19 @@ class TeacherFolder:
         self.files = read_files(record.fields("files"), self.path)
 
     def _whole(self, name: str) -> Path:
-        """The path of a file that `teacher.json` lists; its digest is looked at by `verify`, its size here."""
+        """The path of a file that `teacher.json` lists, once its size and sha256 have been looked at."""
         if name not in self.files:
             raise UserError(f"{self.path}/teacher.json does not name {name}, which students need: restore it")
-        path, wanted = self.path / name, self.files[name]["bytes"]
+        path, wanted = self.path / name, self.files[name]
         size = path.stat().st_size if path.is_file() else None
-        if size != wanted:
-            found = "is missing" if size is None else f"has {size} bytes, teacher.json says {wanted}"
+        found = None
+        if size is None:
+            found = "is missing"
+        elif size != wanted["bytes"]:
+            found = f"has {size} bytes, teacher.json says {wanted['bytes']}"
+        elif file_sha256(path) != wanted["sha256"]:
+            found = "does not match its sha256 in teacher.json"
+        if found:
             raise UserError(f"{path} {found}: restore it, or remove {self.path} and run the dump again")
         return path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,7 +16,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from pipeline.commit import new_claim_id, publish, temporary_path
+from pipeline.commit import commit_file, new_claim_id, temporary_path
+from student.seal import check_seal, seal
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -31,10 +33,10 @@ class Interrupted(Exception):
 class RunCheckpoint(Checkpoint):
     """`last.ckpt` every N optimiser steps, at every epoch's end and when asked to stop; `best.ckpt` by val/ce.
 
-    A checkpoint is written beside its final name, synced and renamed, so a kill at any moment leaves a whole one. It
-    is taken only between optimiser steps: with accumulated gradients, what a half-collected step holds is not in it.
-    The last step of an epoch is saved after validation, where resuming is exact. The first Ctrl-C (or SIGTERM) stops
-    after the step at hand (during validation: after the epoch's checkpoint), a second one at once.
+    A checkpoint is committed as every file is, with its seal, so a kill at any moment leaves a whole one. It is taken
+    only between optimiser steps: with accumulated gradients, what a half-collected step holds is not in it. The last
+    step of an epoch is saved after validation, where resuming is exact. The first Ctrl-C (or SIGTERM) stops after the
+    step at hand (during validation: after the epoch's checkpoint), a second one at once.
 
     Args:
         folder: where the checkpoints go.
@@ -129,23 +131,22 @@ class RunCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer, name: str) -> None:
         final = self.folder / name
-        temporary = temporary_path(final, trainer.strategy.broadcast(new_claim_id()))
-        trainer.save_checkpoint(temporary)
+        claim = trainer.strategy.broadcast(new_claim_id())
+        trainer.save_checkpoint(temporary_path(final, claim))
         if trainer.is_global_zero:
-            if temporary.is_file():
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())
-            publish(temporary, final)
+            commit_file(final, seal, claim=claim, check=check_seal)
         trainer.strategy.barrier()
 
     def _link(self, source: Path, final: Path) -> None:
         """A second name for a checkpoint: a hard link where the file system has them, else a copy."""
-        temporary = temporary_path(final, new_claim_id())
-        try:
-            os.link(source, temporary)
-        except OSError:
-            temporary.write_bytes(source.read_bytes())
-        publish(temporary, final)
+
+        def place(temporary: Path) -> None:
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
+
+        commit_file(final, place, check=check_seal)
 
 
 class LogLines(Callback):

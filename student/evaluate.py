@@ -34,6 +34,7 @@ from pipeline.errors import UserError, run_command
 from student.batch import Batch
 from student.checkpoint import RunRecord, load_student
 from student.data import SplitLoader
+from student.identity import Teaching, require_same_teacher
 from student.metrics import NAMES, Positions, Sums, unigram_log_probabilities
 from student.model import DistilXLSTM
 
@@ -84,11 +85,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         raise UserError("--batch_rows and --max_rows must be 1 or more")
     run, cache = Path(options.run), Cache(options.cache)
     record = RunRecord.read(run)
-    if record.compat_id != cache.manifest.compat_id:
-        raise UserError(
-            f"{run} has compat_id {record.compat_id}, {cache.path} has {cache.manifest.compat_id}: they are of "
-            "different teachers; name a cache of the run's teacher"
-        )
+    require_same_teacher(Teaching.of(cache), record.teaching(run), "Name a cache of the run's teacher")
     if not cache.shards("heldout"):
         raise UserError(f"{cache.path} has no held-out shards: dump some (the dump's held-out units), or name another")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

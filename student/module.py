@@ -23,6 +23,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from student.batch import IGNORE, Batch
 from student.finite import FiniteWatch
+from student.identity import Teaching, require_same_teacher
 from student.losses.attention import Sign, Sinks, attention_alignment
 from student.losses.frobenius import frobenius, require_hidden
 from student.losses.fused import Head, KDSums, TeacherTopK, fused_kd_sums
@@ -294,7 +295,7 @@ class DistillModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._watch.wait()
-        checkpoint["compat_id"] = self._data.compat_id
+        checkpoint["compat_id"], checkpoint["compat"] = self._data.compat_id, self._data.compat
         checkpoint["step_counter"] = self.counter.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -303,12 +304,9 @@ class DistillModule(LightningModule):
         Raises:
             UserError: the checkpoint was trained on another teacher's cache.
         """
-        found, wanted = checkpoint["compat_id"], self._data.compat_id
-        if found != wanted:
-            raise UserError(
-                f"the checkpoint has compat_id {found}, the cache has {wanted}: they are of different teachers; name a "
-                "cache of the checkpoint's teacher, or another --run"
-            )
+        found = Teaching("the checkpoint", checkpoint["compat_id"], checkpoint.get("compat"))
+        remedy = "Name a cache of the checkpoint's teacher, or another --run"
+        require_same_teacher(found, Teaching.of(self._data.caches[0]), remedy)
         self.counter.load_state_dict(checkpoint["step_counter"])
 
     def _forward(self, batch: Batch, with_maps: bool = False) -> tuple[Tensor, dict[int, Tensor]]:

@@ -54,5 +54,5 @@ def run_dump(config: DumpConfig) -> DumpResult:
     finally:
         progress.close()
     cache = Cache(work.cache)
-    tokens = sum(record.tokens for split in ("train", "heldout") for record in cache.shards(split))
+    tokens = sum(int(cache.shards(split).tokens.sum()) for split in ("train", "heldout"))
     return DumpResult(len(progress.written), len(units), tokens, time.monotonic() - started, tuple(lost))

@@ -118,18 +118,20 @@ def make_plan(config: CorpusConfig, files: list[SourceFile], tokens_per_shard: i
 
 
 def open_plan(cache: Path, config: CorpusConfig, tokens_per_shard: int, data_root: Path) -> Plan:
-    """The cache's plan, made now if there is none yet (it is stored by `store_plan`).
+    """The cache's plan, made now if there is none yet or it is damaged (it is stored by `store_plan`).
 
-    A stored plan is checked against the files: an index of a large compressed file is not built twice.
+    The manifest's data_id says whether a plan made anew is the one the shards were cut by. A stored one is checked
+    against the files: an index of a large compressed file is not built twice.
 
     Raises:
         UserError: a file changed, vanished or came after the plan was made; names it.
     """
     path = cache / PLAN
-    if not path.is_file():
+    record = _stored(path)
+    if record is None:
         return make_plan(config, describe_corpus(config, data_root), tokens_per_shard)
-    record = Fields(read_json(path, MOST_PLAN_BYTES), path)
-    stored = [SourceFile.from_record(entry, path) for entry in record.list("files", MOST_FILES)]
+    given = Fields(record, path)
+    stored = [SourceFile.from_record(entry, path) for entry in given.list("files", MOST_FILES)]
     now = list_files(config, data_root)
     if len(now) != len(stored):
         then, here = {_base(file.path) for file in stored}, {_base(place) for place in now}
@@ -172,12 +174,12 @@ def _fingerprint(place: str) -> str:
 
 
 def store_plan(cache: Path, plan: Plan, claim: str) -> None:
-    """Write `plan.json` unless it is there.
+    """Write `plan.json` unless it is there and whole.
 
     Raises:
         UserError: the corpus has so many files or pieces that no reader would take its plan.
     """
-    if (cache / PLAN).is_file():
+    if _stored(cache / PLAN) is not None:
         return
     record = plan.to_record()
     size = len(json.dumps(record, indent=1))
@@ -187,3 +189,11 @@ def store_plan(cache: Path, plan: Plan, claim: str) -> None:
             f"readers take {MOST_PLAN_BYTES}: dump it in parts, each into a cache of its own; a run reads several"
         )
     commit_json(cache / PLAN, record, claim=claim)
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    """The content of plan.json; None if it is missing or damaged."""
+    try:
+        return read_json(path, MOST_PLAN_BYTES)
+    except UserError:
+        return None

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.config import Place
 from pipeline.errors import UserError
 from pipeline.schema import MOST_GROUPS, SCHEMA_MAJOR, CacheSpec
 from pipeline.teacher_folder import TeacherFacts
@@ -21,7 +22,7 @@ class DumpConfig:
 
     corpus: CorpusConfig
     """the text: a file of manifests/corpora, or its fields"""
-    cache: Path
+    cache: Place
     """folder the cache is written to; an existing one of the same settings is continued"""
     teacher: str = "embedded:smollm2-135m"
     """a hub id, a local Hugging Face folder, or embedded:smollm2-135m"""
@@ -178,7 +179,7 @@ def to_plain(config: DumpConfig) -> dict[str, Any]:
             return {k: plain(v) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [plain(v) for v in value]
-        return str(value) if isinstance(value, Path) else value
+        return value if value is None or isinstance(value, int | float | str) else str(value)
 
     result: dict[str, Any] = plain(asdict(config))
     return result

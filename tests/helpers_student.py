@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.teacher_folder import TeacherFacts
+from student.seal import seal
+
+
+def save_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """A checkpoint as training writes it, with its seal."""
+    torch.save(content, path)
+    seal(path)
 
 
 def toy_teacher(

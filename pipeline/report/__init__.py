@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.cache import Cache
 from pipeline.commit import commit_bytes
+from pipeline.config import Place
 from pipeline.errors import UserError
 from pipeline.report import page
 from pipeline.report.sources import (
@@ -34,7 +35,7 @@ DESCRIPTION = (
 class Options:
     """What to show."""
 
-    cache: Path
+    cache: Place
     """folder of the cache"""
     run: Path
     """folder of the run; it may not exist yet"""

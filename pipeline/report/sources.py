@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import math
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -261,16 +262,20 @@ def check_arrays(path: Path) -> None:
 def cache_facts(cache: Cache) -> CacheFacts:
     """Sum up the shards."""
     train, heldout = cache.shards("train"), cache.shards("heldout")
-    records = [*train, *heldout]
+    seconds, hardware, versions = 0.0, set(), {}
+    for record in chain(cache.records("train"), cache.records("heldout")):
+        seconds += record.seconds
+        hardware.add(record.hardware)
+        versions = record.versions
     return CacheFacts(
         train_shards=len(train),
         heldout_shards=len(heldout),
-        train_tokens=sum(record.tokens for record in train),
-        heldout_tokens=sum(record.tokens for record in heldout),
-        bytes=sum(record.bytes for record in records),
-        seconds=sum(record.seconds for record in records),
-        hardware=", ".join(sorted({record.hardware for record in records})),
-        versions=records[-1].versions if records else {},
+        train_tokens=int(train.tokens.sum()),
+        heldout_tokens=int(heldout.tokens.sum()),
+        bytes=int(train.bytes.sum() + heldout.bytes.sum()),
+        seconds=seconds,
+        hardware=", ".join(sorted(hardware)),
+        versions=versions,
     )
 
 
@@ -333,7 +338,7 @@ def positions_of(columns: Columns, spec: CacheSpec) -> tuple[np.ndarray, np.ndar
 
 
 def _heldout_ce(cache: Cache, most_tokens: int) -> float | None:
-    if sum(record.tokens for record in cache.shards("heldout")) > most_tokens:
+    if cache.shards("heldout").tokens.sum() > most_tokens:
         return None
     total, count = 0.0, 0
     for columns in cache.groups("heldout", ["target_logit", "lse"]):

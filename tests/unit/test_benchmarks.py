@@ -69,7 +69,7 @@ def test_every_parquet_layout_keeps_the_rows_and_counts_every_byte(path: Path, t
     spec = replace(cache.spec, group_tokens=96)
     groups = in_groups(load_rows(cache, 256), spec)
     assert [len(group["length"]) for group in groups] == [3, 3, 2]
-    layout = ShardLayout(tmp_path, spec, groups, cache.shards()[0], name)
+    layout = ShardLayout(tmp_path, spec, groups, next(cache.records()), name)
     for found, wanted in zip(layout.read(), groups, strict=True):
         assert_same(found, wanted)
     layout.write()
@@ -86,7 +86,7 @@ def test_zstd_levels_are_different_files(tmp_path: Path) -> None:
     cache = Cache(write_toy_cache(tmp_path / "c", units=1, rows=16, length=128, k=24))
     groups = [load_rows(cache, 2048)]
     sizes = [
-        ShardLayout(tmp_path / str(i), cache.spec, groups, cache.shards()[0], name).bytes
+        ShardLayout(tmp_path / str(i), cache.spec, groups, next(cache.records()), name).bytes
         for i, name in enumerate(("ours, zstd 1", "ours", "ours, zstd 9"))
     ]
     assert sizes[0] > sizes[2] and len(set(sizes)) == 3

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_cache import toy_logits, write_toy_cache
+from helpers_student import save_checkpoint
 from torch import Tensor
 
 from pipeline.cache import Cache
@@ -39,7 +40,7 @@ def write_run(run: Path, cache: Path) -> Path:
     model = DistilXLSTM(CONFIG, teacher.facts, teacher.tensors(), opened.spec.length)
     (run / "checkpoints").mkdir()
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"state_dict": state}, run / "checkpoints" / "last.ckpt")
+    save_checkpoint({"state_dict": state}, run / "checkpoints" / "last.ckpt")
     return run
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_cache import write_toy_teacher
-from helpers_student import toy_teacher
+from helpers_student import save_checkpoint, toy_teacher
 
 from pipeline.errors import UserError, run_command
 from student.checkpoint import RunRecord, load_student
@@ -36,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     student = DistilXLSTM(CONFIG, facts, tensors, max_length=32)
     (run / "checkpoints").mkdir()
     state = {f"model.{name}": tensor for name, tensor in student.state_dict().items()}
-    torch.save({"state_dict": {**state, "other.weight": torch.zeros(1)}}, run / "checkpoints" / "last.ckpt")
+    save_checkpoint({"state_dict": {**state, "other.weight": torch.zeros(1)}}, run / "checkpoints" / "last.ckpt")
     return run
 
 
@@ -185,7 +185,7 @@ def test_a_damaged_checkpoint_is_named(run: Path, capsys: pytest.CaptureFixture[
     for content in (b"", whole[: len(whole) // 2], b"no checkpoint at all"):
         path.write_bytes(content)
         assert "last.ckpt cannot be read as a checkpoint" in failure(["--run", str(run)], capsys)
-    torch.save({"weights": {}}, path)
+    save_checkpoint({"weights": {}}, path)
     assert "last.ckpt cannot be read as a checkpoint" in failure(["--run", str(run)], capsys)
 
 

@@ -1,0 +1,191 @@
+"""A compaction of many shards' records, so that a cache of a million shards opens in seconds.
+
+`index.json` names a Parquet file with a row for each shard: what a reader needs to open it. A shard's JSON stays the
+truth: a shard whose JSON is gone is passed over, one that is not in the index is read from its JSON, and one whose
+file does not agree with the index is looked up in its JSON again. An index can be removed and built anew at any time:
+
+    python -m pipeline index --cache caches/large
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.commit import commit_file, commit_json, file_sha256, read_json
+from pipeline.errors import UserError
+from pipeline.schema import HELDOUT_UNIT, unit_name
+from pipeline.store import is_remote
+
+INDEX = "index.json"
+WORTH_WHILE = 1000
+"""A dump builds the index when so many shards are not in it."""
+NUMBERS = ("unit", "bytes", "rows", "tokens")
+DIGESTS = ("sha256", "footer_sha256")
+NAME = re.compile(r"(shard|heldout)-(\d{5,})\.json")
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What a reader must know of a shard before it opens it."""
+
+    unit: int
+    bytes: int
+    rows: int
+    tokens: int
+    sha256: str
+    footer_sha256: str
+
+    @property
+    def name(self) -> str:
+        return unit_name(self.unit)
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.parquet"
+
+    @property
+    def split(self) -> str:
+        return "heldout" if self.unit >= HELDOUT_UNIT else "train"
+
+
+class ShardEntries(Sequence[ShardEntry]):
+    """Entries of N shards in order of units, held as arrays: 96 bytes each.
+
+    Attributes:
+        unit, bytes, rows, tokens: int64 (N,).
+        sha256, footer_sha256: uint8 (N, 32).
+    """
+
+    def __init__(self, columns: dict[str, np.ndarray]) -> None:
+        order = np.argsort(columns["unit"], kind="stable")
+        for name, values in columns.items():
+            setattr(self, name, values[order])
+        self.columns = {name: getattr(self, name) for name in columns}
+
+    unit: np.ndarray
+    bytes: np.ndarray
+    rows: np.ndarray
+    tokens: np.ndarray
+    sha256: np.ndarray
+    footer_sha256: np.ndarray
+
+    @classmethod
+    def of(cls, records: Iterable[Any]) -> ShardEntries:
+        """From objects with the attributes of `ShardEntry`."""
+        found = list(records)
+        columns: dict[str, np.ndarray] = {}
+        for name in NUMBERS:
+            columns[name] = np.array([getattr(r, name) for r in found], np.int64)
+        for name in DIGESTS:
+            joined = b"".join(bytes.fromhex(getattr(r, name)) for r in found)
+            columns[name] = np.frombuffer(joined, np.uint8).reshape(len(found), 32)
+        return cls(columns)
+
+    def select(self, keep: np.ndarray) -> ShardEntries:
+        """Those that a mask or indices keep."""
+        return ShardEntries({name: values[keep] for name, values in self.columns.items()})
+
+    def and_also(self, other: ShardEntries) -> ShardEntries:
+        return ShardEntries({n: np.concatenate([v, other.columns[n]]) for n, v in self.columns.items()})
+
+    def __len__(self) -> int:
+        return len(self.unit)
+
+    @overload
+    def __getitem__(self, index: int) -> ShardEntry: ...
+    @overload
+    def __getitem__(self, index: slice) -> ShardEntries: ...
+    def __getitem__(self, index: int | slice) -> ShardEntry | ShardEntries:
+        if isinstance(index, slice):
+            return ShardEntries({name: values[index] for name, values in self.columns.items()})
+        return ShardEntry(
+            unit=int(self.unit[index]),
+            bytes=int(self.bytes[index]),
+            rows=int(self.rows[index]),
+            tokens=int(self.tokens[index]),
+            sha256=self.sha256[index].tobytes().hex(),
+            footer_sha256=self.footer_sha256[index].tobytes().hex(),
+        )
+
+    def __iter__(self) -> Iterator[ShardEntry]:
+        return (self[i] for i in range(len(self)))
+
+
+def listed_units(cache: Path, split: str) -> np.ndarray:
+    """Units of a split whose JSON is there, ascending, int64; from one listing of the folder."""
+    kind = "heldout" if split == "heldout" else "shard"
+    names: Iterable[str]
+    if is_remote(cache):
+        store: Any = cache
+        try:
+            names = [path.rsplit("/", 1)[-1] for path in store.fs.ls(store.path, detail=False)]
+        except FileNotFoundError:
+            names = []
+    else:
+        names = (entry.name for entry in os.scandir(cache))
+    prefix = f"{kind}-"
+    found = [int(match[2]) for name in names if name.startswith(prefix) and (match := NAME.fullmatch(name)) is not None]
+    return np.sort(np.array(found, np.int64)) + (HELDOUT_UNIT if split == "heldout" else 0)
+
+
+def read_index(cache: Path) -> tuple[dict[str, Any], ShardEntries] | None:
+    """The index's own record and its entries; None if there is none.
+
+    Raises:
+        UserError: it is damaged; remove it and build it anew.
+    """
+    path = cache / INDEX
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    file = cache / str(record.get("file"))
+    remedy = f"remove {path} and run `python -m pipeline index --cache {cache}`"
+    if "/" in str(record.get("file")) or not file.is_file() or file_sha256(file) != record.get("sha256"):
+        raise UserError(f"{file} is missing or does not match its sha256 in {path}: {remedy}")
+    table = pq.read_table(file.open("rb"), page_checksum_verification=True)
+    if sorted(table.column_names) != sorted((*NUMBERS, *DIGESTS)):
+        raise UserError(f"{file} has the columns {', '.join(table.column_names)}: another version wrote it; {remedy}")
+    columns: dict[str, np.ndarray] = {}
+    for name in table.column_names:
+        values = table.column(name).combine_chunks()
+        if isinstance(values, pa.ChunkedArray):  # pyarrow leaves an empty table in chunks
+            values = pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
+        if name in NUMBERS:
+            columns[name] = values.to_numpy(zero_copy_only=True)
+        else:
+            raw = np.frombuffer(values.buffers()[1] or b"", np.uint8, count=32 * len(values), offset=32 * values.offset)
+            columns[name] = raw.reshape(len(values), 32)
+    return record, ShardEntries(columns)
+
+
+def write_index(cache: Path, entries: ShardEntries, identities: dict[str, str]) -> None:
+    """Commit an index of `entries` and remove the one before it.
+
+    Args:
+        identities: `compat_id` and `data_id` of the cache.
+    """
+    arrays = {name: pa.array(entries.columns[name]) for name in NUMBERS}
+    for name in DIGESTS:
+        data = pa.py_buffer(np.ascontiguousarray(entries.columns[name]))
+        arrays[name] = pa.Array.from_buffers(pa.binary(32), len(entries), [None, data])
+    table = pa.table(arrays)
+
+    def write(path: Path) -> None:
+        pq.write_table(table, path, compression="zstd", use_dictionary=False, write_page_checksum=True)
+
+    before = {path.name for path in cache.glob("index-*.parquet")}
+    name = f"index-{len(entries):08d}-{os.urandom(4).hex()}.parquet"
+    digest = commit_file(cache / name, write)
+    record = {"file": name, "bytes": digest.bytes, "sha256": digest.sha256, "shards": len(entries), **identities}
+    commit_json(cache / INDEX, record)
+    for old in before:
+        (cache / old).unlink(missing_ok=True)
