@@ -25,6 +25,9 @@ EXPIRY_SECONDS = 600.0
 REFRESH_SECONDS = 30.0
 TEMPORARY = re.compile(r"\.(?P<id>(?P<host>[^.]+)-(?P<pid>\d+)-[0-9a-f]{8})\.tmp$")
 """The end of a temporary's name: the id of the writer it belongs to."""
+OWNER = re.compile(r"[\w-]{0,100}")  # no folders and no wildcards: temporaries are looked for by it
+TEXTS = ("id", "machine", "started")
+MOST_CLAIM_BYTES = 1 << 16
 HOLDER_FACTS: dict[str, str] = {}
 """What else the claims of this process say of it, such as the node of a cluster that it runs on."""
 
@@ -119,7 +122,7 @@ def clear_if_dead(path: Path, cache: Path) -> bool:
             return False
     except FileNotFoundError:
         return True
-    if holder.get("id"):
+    if holder.get("id"):  # checked: it must not lead to other files
         for leftover in cache.glob(f"**/.*.{holder['id']}.tmp"):
             leftover.unlink(missing_ok=True)
     return take_away(path, holder)
@@ -210,11 +213,23 @@ def _read(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: the claim was released meanwhile.
     """
-    try:
-        holder = json.loads(path.read_text())
-    except ValueError:
+    if path.exists() and not path.is_file():  # a pipe, which would never end
         return {}
-    return holder if isinstance(holder, dict) else {}
+    with path.open("rb") as file:
+        return read_holder(file.read(MOST_CLAIM_BYTES))
+
+
+def read_holder(data: bytes) -> dict[str, Any]:
+    """What a claim says of its owner, {} if it is damaged or says what no writer says: it may be a stranger's."""
+    try:
+        holder = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(holder, dict) or not all(isinstance(holder.get(name, ""), str) for name in TEXTS):
+        return {}
+    pid = holder.get("pid", 0)
+    right = type(pid) is int and 0 <= pid < 1 << 31 and OWNER.fullmatch(holder.get("id", "")) is not None
+    return holder if right else {}
 
 
 def _machine() -> str:

@@ -157,6 +157,8 @@ def _skip(data: memoryview, at: int, kind: int, depth: int) -> int:
         at += 1
         if count == 15:
             count, at = _varint(data, at)
+        if count > len(data) - at:  # every element takes a byte
+            raise IndexError
         for _ in range(count):
             at = at + 1 if element in (TRUE, FALSE) else _skip(data, at, element, depth)
         return at

@@ -228,7 +228,7 @@ def read_files(record: Fields, folder: Path) -> dict[str, dict[str, Any]]:
     for name in record.record:
         child(folder, name, record.where)
         entry = record.fields(name)
-        files[name] = {"bytes": entry.integer("bytes"), "sha256": entry.text("sha256", 64)}
+        files[name] = {"bytes": entry.integer("bytes"), "sha256": entry.sha256("sha256")}
     return files
 
 
