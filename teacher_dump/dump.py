@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -18,7 +19,7 @@ from teacher_dump.pending import Units, pending_units, wanted_units
 from teacher_dump.progress import DumpProgress
 from teacher_dump.settings import DumpConfig
 from teacher_dump.shard_loop import take_shards
-from teacher_dump.work import Work, prepare
+from teacher_dump.work import Work, prepare, require_cache
 from teacher_dump.workers import Workers
 
 log = logging.getLogger("teacher_dump")
@@ -69,6 +70,9 @@ def _run(config: DumpConfig, engines: Engines) -> DumpResult:
         lost = engines(work, pending, progress)
     finally:
         progress.close()
+        with contextlib.suppress(OSError):  # what failed before it is what is told
+            clear_dead_claims(work.cache)  # of workers, or of dumps beside this one, that were killed meanwhile
+    require_cache(work)
     cache = Cache(work.cache)
     if len(progress.written) >= WORTH_WHILE:
         cache.build_index()
@@ -78,10 +82,7 @@ def _run(config: DumpConfig, engines: Engines) -> DumpResult:
 
 def _on_this_machine(slots: list[EngineSlot], work: Work, pending: Units, progress: DumpProgress) -> list[str]:
     if len(slots) > 1 and len(pending) > 1:
-        try:
-            return Workers(work, pending, slots[: len(pending)], progress).run()
-        finally:
-            clear_dead_claims(work.cache)  # of workers that were killed
+        return Workers(work, pending, slots[: len(pending)], progress).run()
     os.environ.update(slots[0].environment)
     take_shards(work, pending, progress)
     return []
