@@ -76,7 +76,7 @@ class ShardLayout:
     def commit(self) -> None:
         """What committing adds to writing: read back with page checksums, and sha256. The fsync is the disk's."""
         path = self.folder / self.record.file
-        read_back(path)
+        read_back(path, self.spec)
         file_sha256(path)
 
     def read(self) -> list[Columns]:

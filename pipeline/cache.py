@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.fields import check_stays
 from pipeline.index import INDEX, ShardEntries, ShardEntry, listed_units, read_index, write_index
 from pipeline.manifest import read_manifest
+from pipeline.row_checks import check_indices
 from pipeline.schema import HELDOUT_UNIT, unit_name
 from pipeline.shard import Columns, DamagedShard, ShardFile, ShardRecord, read_record
 from pipeline.store import open_path
@@ -36,7 +38,21 @@ class Cache:
 
     @property
     def teacher(self) -> TeacherFolder:
-        return TeacherFolder(self.path / "teacher")
+        """The teacher folder.
+
+        Raises:
+            UserError: it is incomplete or damaged, a link out of the cache, or another vocabulary's or width's.
+        """
+        check_stays(self.path, self.path / "teacher")
+        teacher = TeacherFolder(self.path / "teacher")
+        for name in ("vocab_size", "width"):
+            own, given = getattr(self.spec, name), getattr(teacher.facts, name)
+            if own != given:
+                raise UserError(
+                    f"{teacher.path}/teacher.json: {name} is {given}, the manifest's is {own}: the folder is another "
+                    "cache's; restore it"
+                )
+        return teacher
 
     def shards(self, split: str = "train") -> ShardEntries:
         """The committed shards of `split`, ordered by unit: those of the index, the others from their JSON.
@@ -95,7 +111,7 @@ class Cache:
         if not path.is_file():
             here = len(list(self.path.glob("shard-*.json")))
             raise UserError(f"{path} is missing: the cache has {here} training shards; name another one (SHARD=...)")
-        return read_record(path)
+        return self.record(unit)
 
     def open(self, shard: ShardEntry | ShardRecord) -> ShardFile:
         """Open a shard; its size and footer digest are checked."""
@@ -114,8 +130,10 @@ class Cache:
         return len(entries)
 
     def groups(self, split: str, columns: list[str] | None = None) -> Iterator[Columns]:
-        """Every row group of `split` in order, as NumPy columns."""
+        """Every row group of `split` in order, as NumPy columns, ids and lengths in their ranges."""
         for record in self.shards(split):
             with self.open(record) as shard:
                 for group in range(shard.row_groups):
-                    yield shard.read_group(group, columns)
+                    values = shard.read_group(group, columns)
+                    check_indices(values, self.spec, f"{shard.path}: row group {group}")
+                    yield values

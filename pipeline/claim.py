@@ -93,17 +93,35 @@ def try_claim(cache: Path, name: str) -> Claim | None:
 def clear_if_dead(path: Path, cache: Path) -> bool:
     """Remove the claim at `path` and its temporaries if its owner is gone; True if the claim is free now."""
     try:
-        age = time.time() - path.stat().st_mtime
         holder = _read(path)
+        if not _is_dead(path, holder):
+            return False
     except FileNotFoundError:
         return True
-    lives = holder_lives_here(holder)
-    if not (age > EXPIRY_SECONDS if lives is None else not lives):
-        return False
     if holder.get("id"):
         for leftover in cache.glob(f"**/.*.{holder['id']}.tmp"):
             leftover.unlink(missing_ok=True)
     return _take_away(path, holder)
+
+
+def is_held(cache: Path, name: str) -> bool:
+    """Whether a live writer works on what is called `name` at this moment; nothing is changed."""
+    if is_remote(cache):
+        from pipeline.store_claim import is_held_in_store
+
+        return is_held_in_store(cache, name)
+    path = cache / "claims" / f"{name}.json"
+    try:
+        return not _is_dead(path, _read(path))
+    except FileNotFoundError:
+        return False
+
+
+def _is_dead(path: Path, holder: dict[str, Any]) -> bool:
+    """Whether the holder of the claim at `path` is gone; raises FileNotFoundError if the claim is."""
+    age = time.time() - path.stat().st_mtime
+    lives = holder_lives_here(holder)
+    return age > EXPIRY_SECONDS if lives is None else not lives
 
 
 def _take_away(path: Path, holder: dict[str, Any]) -> bool:

@@ -29,10 +29,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.store import is_remote, upload
 
 CHUNK_BYTES = 1 << 20
+MOST_JSON_BYTES = 4 << 20
+"""Bytes of a JSON file that is read, unless its reader says otherwise; ours have a few thousand. Parsing takes up to 25
+times as much memory, which many empty lists need."""
+MOST_JSON_DEPTH = 32
 
 
 @dataclass(frozen=True)
@@ -207,24 +211,75 @@ def commit_json(final: Path, record: dict[str, Any], *, claim: str | None = None
     commit_bytes(final, text + f',\n "digest": "{digest}"\n}}\n'.encode(), claim=claim, exclusive=exclusive)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
     """Read a JSON object written by `commit_json` and check its digest; the digest field itself is left out.
 
+    Args:
+        most: bytes of the file, at most.
+
     Raises:
-        UserError: the file is missing, is no JSON object, or its digest does not match its content.
+        UserError: the file is missing or larger than `most`, is no JSON object, is nested more than `MOST_JSON_DEPTH`
+            deep, or its digest does not match its content.
     """
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    end = DIGEST_END.search(data, max(0, len(data) - 128))
-    if end is None or hashlib.sha256(data[: end.start()]).hexdigest().encode() != end[1]:
-        raise UserError(f"{path} does not match the digest at its end: it was damaged or edited; restore it")
-    try:
-        record = json.loads(data)
-    except ValueError as error:  # a digest that matches does not make it JSON
-        raise UserError(f"{path} is not valid JSON ({error}): it was damaged; restore it from a copy") from None
+        data = read_limited(path, most)
+        end = DIGEST_END.search(data, max(0, len(data) - 128))
+        if end is None or hashlib.sha256(data[: end.start()]).hexdigest().encode() != end[1]:
+            raise UserError(f"{path} does not match the digest at its end: it was damaged or edited; restore it")
+        record = json.loads(data.decode("utf-8"), parse_constant=_no_number)
+        check_depth(record)
+    except (ValueError, RecursionError) as error:  # also NaN, huge integers and broken UTF-8
+        reason = one_line(error)[:200]
+        raise UserError(f"{path} is not valid JSON ({reason}): it was damaged; restore it from a copy") from None
     if not isinstance(record, dict):
         raise UserError(f"{path} holds no JSON object: something else wrote it; restore it from a copy")
     del record["digest"]
     return record
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def read_text(path: Path, most: int = MOST_JSON_BYTES) -> str:
+    """The text of a regular file of at most `most` bytes.
+
+    Raises:
+        UserError: as `read_limited`.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return read_limited(path, most).decode("utf-8")
+
+
+def read_limited(path: Path, most: int) -> bytes:
+    """The bytes of a regular file of at most `most` bytes.
+
+    Raises:
+        UserError: there is none, it is no regular file (reading a pipe would never end), or it is larger.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} {'is no regular file: remove it' if path.exists() else 'is missing'}")
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except FileNotFoundError:  # removed this moment
+        raise UserError(f"{path} is missing") from None
+    if len(data) > most:
+        raise UserError(f"{path} has more than {most} bytes, none of its kind has: it was damaged; restore it")
+    return data
+
+
+def check_depth(value: Any) -> None:
+    """Raises ValueError where a JSON value is nested more than `MOST_JSON_DEPTH` deep."""
+    level = [value]
+    for _ in range(MOST_JSON_DEPTH):
+        within: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                within += item.values()
+            elif isinstance(item, list):
+                within += item
+        level = [item for item in within if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"nested more than {MOST_JSON_DEPTH} deep")

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.commit import canonical_json, commit_json, read_json
 from pipeline.errors import UserError
+from pipeline.fields import Fields, check_stays
 from pipeline.schema import SCHEMA_MAJOR, SCHEMA_MINOR, CacheSpec
 
 MANIFEST = "manifest.json"
@@ -76,22 +77,25 @@ def read_manifest(cache: Path) -> Manifest:
         raise UserError(
             f"{cache} is no cache ({MANIFEST} is missing): name a cache folder, or make one with dump-teacher"
         )
-    record = read_json(path)
-    major = int(str(record.get("schema", "0")).split(".")[0])
-    if major != SCHEMA_MAJOR:
+    check_stays(cache, path)
+    record = Fields(read_json(path), path)
+    schema = record.text("schema", 20)
+    major = schema.partition(".")[0]
+    if major != str(SCHEMA_MAJOR):
+        newer = major.isdecimal() and int(major) > SCHEMA_MAJOR
         raise UserError(
-            f"{path} has schema {record.get('schema')}, this version reads {SCHEMA_MAJOR}.x: "
-            + ("upgrade this software" if major > SCHEMA_MAJOR else "dump the cache again")
+            f"{path} has schema {schema}, this version reads {SCHEMA_MAJOR}.x: "
+            + ("upgrade this software" if newer else "dump the cache again")
         )
     manifest = Manifest(
-        compat=record["compat"],
-        data=record["data"],
-        spec=CacheSpec.from_record(record["spec"]),
-        settings=record["settings"],
-        teacher_path=record["teacher_path"],
-        created=record["created"],
+        compat=record.object("compat"),
+        data=record.object("data"),
+        spec=CacheSpec.from_record(record.object("spec"), f"{path}: spec"),
+        settings=record.object("settings"),
+        teacher_path=record.text("teacher_path"),
+        created=record.text("created"),
     )
-    if (manifest.compat_id, manifest.data_id) != (record["compat_id"], record["data_id"]):
+    if (manifest.compat_id, manifest.data_id) != (record.text("compat_id"), record.text("data_id")):
         raise UserError(f"{path}: its identities do not follow from its fields: it was edited; restore it from a copy")
     return manifest
 
@@ -116,11 +120,17 @@ def create_or_match(cache: Path, wanted: Manifest) -> Manifest:
     return found
 
 
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(field, found value, wanted value) wherever two identity dictionaries differ; a field one lacks is "nothing"."""
+
+    def spelled(fields: dict[str, Any], key: str) -> tuple[bytes, str]:
+        # By their JSON, as identities are: 1 and 1.0 differ, and so do null and nothing at all.
+        return (canonical_json(fields[key]), repr(fields[key])) if key in fields else (b"", "nothing")
+
+    pairs = [(key, spelled(found, key), spelled(wanted, key)) for key in sorted(found.keys() | wanted.keys())]
+    return [(key, a[1], b[1]) for key, a, b in pairs if a[0] != b[0]]
+
+
 def describe_difference(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Human sentences for the fields in which two identity dictionaries differ."""
-    keys = sorted(found.keys() | wanted.keys())
-    return [
-        f"{key}: cache has {found.get(key)!r}, asked for {wanted.get(key)!r}"
-        for key in keys
-        if found.get(key) != wanted.get(key)
-    ]
+    return [f"{key}: cache has {a}, asked for {b}" for key, a, b in differences(found, wanted)]

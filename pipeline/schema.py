@@ -7,10 +7,14 @@ D teacher width, M tail samples, V vocabulary.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
+
+from pipeline.errors import UserError
+from pipeline.fields import Fields
 
 SCHEMA_MAJOR = 1
 SCHEMA_MINOR = 0
@@ -18,6 +22,20 @@ ROW_GROUP_TOKENS = 131_072
 HELDOUT_UNIT = 1 << 30
 """Held-out units are numbered from here, so that `sequence_id` stays unique in the cache."""
 METADATA_KEY = b"distil_xlstm"
+MOST_ID_BYTES = 1024
+"""Bytes of a document's id in `doc_ids`."""
+MOST_GROUPS = 4096
+"""Row groups of a shard: at 131,072 tokens each, 500 million tokens."""
+MOST_ROW_BYTES = 4 << 30
+"""Bytes of a row's numbers."""
+MOST_GROUP_BYTES = 8 << 30
+"""Bytes of a row group's numbers: what reading it takes."""
+MOST_TOKENS = 1 << 24
+MOST_VOCABULARY = 1 << 24
+MOST_WIDTH = 1 << 20
+MOST_TAUS = 64
+MOST_TAU = 1e6
+PACKINGS = ("stream", "document")
 
 
 @dataclass(frozen=True)
@@ -147,9 +165,70 @@ class CacheSpec:
     def to_record(self) -> dict[str, Any]:
         return {**asdict(self), "taus": list(self.taus)}
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's fixed-size columns in memory."""
+        return sum(math.prod(shape) * (self.value_type(name).bit_width // 8) for name, shape in self.shapes().items())
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of a full row group's fixed-size columns in memory."""
+        return self.rows_per_group * self.row_bytes
+
+    def problem(self) -> tuple[str, str] | None:
+        """(field, what is wrong with it) if no cache can have this shape; None if one can."""
+        taus = self.taus
+        if self.k > self.vocab_size:
+            return "k", f"is {self.k}, the vocabulary has {self.vocab_size} ids"
+        if not taus or len(taus) > MOST_TAUS or list(taus) != sorted(set(taus)) or 1.0 not in taus:
+            return "taus", f"are {list(taus)[:8]}, not at most {MOST_TAUS} ascending temperatures with 1 among them"
+        if not all(0 < tau <= MOST_TAU for tau in taus):
+            return "taus", f"are {list(taus)[:8]}, which are not all positive and at most {MOST_TAU:g}"
+        for name in ("block", "window"):
+            size = getattr(self, name)
+            if size and self.length % size:
+                return name, f"is {size}, which does not divide the length {self.length}"
+        if self.block and not self.groups:
+            return "groups", "is 0, though there are maps"
+        if self.row_bytes > MOST_ROW_BYTES:
+            return "length", f"{self.length} makes rows of {self.row_bytes} bytes; at most {MOST_ROW_BYTES} are read"
+        if self.group_bytes > MOST_GROUP_BYTES:
+            return "k", f"{self.k} makes row groups of {self.group_bytes} bytes; at most {MOST_GROUP_BYTES} are read"
+        if any(math.prod(shape) >= 1 << 31 for shape in self.shapes().values()):
+            return "length", f"{self.length} makes lists of 2^31 numbers and more, which Arrow does not hold"
+        return None
+
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> CacheSpec:
-        return cls(**{**record, "taus": tuple(record["taus"])})
+    def from_record(cls, record: Any, where: object = "the cache's spec") -> CacheSpec:
+        """The spec of a manifest, checked; fields that a newer minor version added are passed over.
+
+        Args:
+            where: file that messages name.
+
+        Raises:
+            UserError: a field is missing, of another type, or no cache can have it.
+        """
+        given = Fields(record, where)
+        taus = given.list("taus", MOST_TAUS)
+        if not all(type(tau) in (int, float) for tau in taus):
+            raise given.refusal("taus", "a list of numbers")
+        spec = cls(
+            length=given.integer("length", 1, MOST_TOKENS),
+            vocab_size=given.integer("vocab_size", 1, MOST_VOCABULARY),
+            k=given.integer("k", 1, MOST_VOCABULARY),
+            taus=tuple(taus),
+            block=given.integer("block", 0, MOST_TOKENS),
+            groups=given.integer("groups", 0, 1 << 16),
+            window=given.integer("window", 0, MOST_TOKENS),
+            width=given.integer("width", 1, MOST_WIDTH),
+            tail_samples=given.integer("tail_samples", 0, 1 << 16),
+            packing=given.choice("packing", PACKINGS),
+            group_tokens=given.integer("group_tokens", 1, 1 << 30),
+        )
+        problem = spec.problem()
+        if problem is not None:
+            raise UserError(f"{where}: {problem[0]} {problem[1]}: it was damaged or edited; restore it from a copy")
+        return spec
 
 
 def sequence_id(unit: int, row: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.checked_parquet import open_shard
 from pipeline.commit import DigestingFile, commit_file, commit_json, file_sha256, read_json
 from pipeline.errors import UserError, one_line
+from pipeline.fields import MOST_COUNT, Fields, check_stays
 from pipeline.index import ShardEntry
-from pipeline.schema import CacheSpec, unit_name
+from pipeline.schema import HELDOUT_UNIT, CacheSpec, unit_name
+from pipeline.thrift import Malformed
 
 Columns = dict[str, Any]
 """Column name -> values of R rows: a NumPy array whose first axis is R, or a list of lists of strings for `doc_ids`."""
@@ -118,7 +122,7 @@ def commit_shard(
         final,
         lambda path: write_parquet(path, spec, metadata, groups),
         claim=claim,
-        check=read_back,
+        check=lambda path: read_back(path, spec),
     )
     record = ShardRecord(
         unit=unit,
@@ -132,27 +136,58 @@ def commit_shard(
     return record
 
 
-def read_back(path: Path) -> None:
-    """Read every page of a Parquet file with its checksum; raises OSError if one does not match."""
-    with pq.ParquetFile(path, page_checksum_verification=True, memory_map=False) as file:
-        for group in range(file.num_row_groups):
-            file.read_row_group(group, use_threads=False)
+def read_back(path: Path, spec: CacheSpec) -> None:
+    """Read every page of a shard with its checksum; raises OSError if one does not match, and `Malformed` where a
+    reader would refuse it."""
+    with closing(open_shard(path, spec, None)) as checked:
+        for group in range(checked.parquet.num_row_groups):
+            checked.check_pages(group)
+            checked.parquet.read_row_group(group, use_threads=False)
 
 
 def read_record(path: Path) -> ShardRecord:
-    """The JSON beside a shard; fields that a newer minor version added are passed over."""
+    """The JSON beside a shard; fields that a newer minor version added are passed over.
+
+    Raises:
+        UserError: it is missing or damaged, a field has a type or value it cannot have, or it is another shard's.
+    """
+    check_stays(path.parent, path)
     record = read_json(path)
-    known = {f.name for f in fields(ShardRecord)}
-    missing = known - record.keys()
+    missing = {f.name for f in fields(ShardRecord)} - record.keys()
     if missing:
         raise UserError(f"{path} lacks the fields {sorted(missing)}: it was not written by this version; dump it again")
-    name = record["file"]
-    if path.stem != unit_name(record["unit"]) or name != f"{path.stem}.parquet":
+    given = Fields(record, path)
+    unit, name = given.integer("unit", 0, 2 * HELDOUT_UNIT - 1), given.text("file")
+    if path.stem != unit_name(unit) or name != f"{path.stem}.parquet":
         raise UserError(
-            f"{path} is the record of {unit_name(record['unit'])} and names the file {name!r}: it was renamed or "
+            f"{path} is the record of {unit_name(unit)} and names the file {name!r}: it was renamed or "
             "copied; remove it and dump the shard again"
         )
-    return ShardRecord(**{k: v for k, v in record.items() if k in known})
+    source = given.fields("source")
+    for place in source.record.keys() & {"start", "end"}:
+        source.integer(place)
+    versions = given.object("versions")
+    if not all(isinstance(version, str) for version in versions.values()):
+        raise given.refusal("versions", "an object of texts")
+    return ShardRecord(
+        unit=unit,
+        split=given.choice("split", ("train", "heldout")),
+        file=name,
+        bytes=given.integer("bytes", 1),
+        sha256=given.text("sha256", 64),
+        footer_sha256=given.text("footer_sha256", 64),
+        rows=given.integer("rows", 1, (1 << 32) - 1),
+        tokens=given.integer("tokens", 1),
+        short=given.flag("short"),
+        source=source.record,
+        mean_entropy=given.number("mean_entropy"),
+        mean_tail_mass=given.number("mean_tail_mass"),
+        compat_id=given.text("compat_id"),
+        data_id=given.text("data_id"),
+        versions=versions,
+        hardware=given.text("hardware"),
+        seconds=given.number("seconds", 0, MOST_COUNT),
+    )
 
 
 class ShardFile:
@@ -166,6 +201,7 @@ class ShardFile:
         self.path = folder / record.file
         self.record = record
         self.spec = spec
+        check_stays(folder, self.path)
         if not self.path.is_file():
             raise DamagedShard(f"{self.path} is missing, though its JSON is there: dump it again")
         size = self.path.stat().st_size
@@ -173,7 +209,11 @@ class ShardFile:
             raise DamagedShard(f"{self.path} has {size} bytes, its JSON says {record.bytes}: dump it again")
         if footer_sha256(self.path) != record.footer_sha256:
             raise DamagedShard(f"{self.path}: the footer does not match the digest in its JSON: dump it again")
-        self._file = pq.ParquetFile(self.path, page_checksum_verification=True, memory_map=False)
+        try:
+            self._checked = open_shard(self.path, spec, record.rows)
+        except (Malformed, OSError, pa.ArrowException) as error:
+            raise DamagedShard(f"{self.path}: {one_line(error)}: dump the shard again") from None
+        self._file = self._checked.parquet
 
     @property
     def row_groups(self) -> int:
@@ -189,6 +229,7 @@ class ShardFile:
 
     def read_group(self, group: int, columns: list[str] | None = None) -> Columns:
         """Row group `group` as NumPy arrays (R, *shape), without a copy where Arrow allows; `doc_ids` as lists."""
+        self.check_pages(group, columns)
         try:
             table = self._file.read_row_group(group, columns=columns, use_threads=False)
         except (OSError, pa.ArrowException) as error:
@@ -208,6 +249,19 @@ class ShardFile:
                 values[name] = chunk.to_numpy(zero_copy_only=True)
         return values
 
+    def check_pages(self, group: int, columns: list[str] | None = None) -> None:
+        """Look at the page headers of some columns of a row group: a page may not claim more than the manifest says.
+
+        Raises:
+            DamagedShard: one does.
+        """
+        try:
+            self._checked.check_pages(group, columns)
+        except Malformed as error:
+            raise DamagedShard(
+                f"{self.path}: row group {group}, column {one_line(error)}: run `make verify`, then dump it again"
+            ) from None
+
     def _damage(self, group: int, columns: list[str] | None, error: Exception) -> DamagedShard:
         """Name the column: read them one by one until one fails."""
         for name in columns or self._file.schema_arrow.names:
@@ -223,7 +277,7 @@ class ShardFile:
         )
 
     def close(self) -> None:
-        self._file.close()
+        self._checked.close()
 
     def __enter__(self) -> ShardFile:
         return self

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 
 CHUNK_BYTES = 8 << 20
 ATTEMPTS = 5
@@ -79,7 +79,7 @@ def upload(source: Path, final: Path, sha256: str, *, exclusive: bool = False) -
 
     if not exclusive:
         filesystem.makedirs(filesystem._parent(name), exist_ok=True)
-    again(put)
+    again(put, final)
 
 
 def remote_sha256(path: Path) -> str:
@@ -92,14 +92,38 @@ def remote_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def again(task: Callable[[], T]) -> T:
-    """Do what may fail because of a network, up to `ATTEMPTS` times with growing pauses; the last error is raised."""
+def again(task: Callable[[], T], place: Path | None = None) -> T:
+    """Do what may fail because of a network, up to `ATTEMPTS` times with growing pauses.
+
+    Raises:
+        OSError: the last failure; a driver's own kind of exception is told as one that names `place`.
+    """
     import tenacity
 
-    final = (FileExistsError, PermissionError, FileNotFoundError, IsADirectoryError)
-    return tenacity.Retrying(
+    retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(ATTEMPTS),
         wait=tenacity.wait_random_exponential(multiplier=0.2, max=LONGEST_WAIT),
-        retry=tenacity.retry_if_exception(lambda e: isinstance(e, OSError) and not isinstance(e, final)),
+        retry=tenacity.retry_if_exception(_may_pass),
         reraise=True,
-    )(task)
+    )
+    try:
+        return retrying(task)
+    except OSError:
+        raise
+    except Exception as error:
+        if not _of_driver(error):
+            raise
+        raise OSError(errno.EIO, f"the store failed {ATTEMPTS} times: {one_line(error)}", str(place or "")) from error
+
+
+FINAL = (FileExistsError, PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+DRIVERS = ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "google", "adlfs", "azure", "fsspec", "urllib3")
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, OSError) and not isinstance(error, FINAL) or _of_driver(error)
+
+
+def _of_driver(error: BaseException) -> bool:
+    """Whether a network driver raised it: they have kinds of their own that are no OSError."""
+    return any(kind.__module__.split(".")[0] in DRIVERS for kind in type(error).__mro__)

@@ -31,13 +31,13 @@ class StoreClaim(Claim):
 
 def try_store_claim(cache: Path, name: str) -> StoreClaim | None:
     """Claim the work called `name`, or None if a live writer holds it. See `pipeline.claim.try_claim`."""
-    older = again(lambda: generations(cache, name))
+    older = again(lambda: generations(cache, name), cache)
     if older and not is_dead(older[-1][1]):
         return None
     record = holder_record(new_claim_id())
     path = cache / "claims" / f"{name}.{older[-1][0] + 1 if older else 0}.json"
     try:
-        again(lambda: _write(path, record, "create"))
+        again(lambda: _write(path, record, "create"), path)
     except FileExistsError:
         if _read(path).get("id") != record["id"]:  # an earlier attempt of ours may have arrived all the same
             return None
@@ -45,6 +45,12 @@ def try_store_claim(cache: Path, name: str) -> StoreClaim | None:
         with contextlib.suppress(OSError):
             dead.unlink()
     return StoreClaim(path, record)
+
+
+def is_held_in_store(cache: Path, name: str) -> bool:
+    """See `pipeline.claim.is_held`."""
+    there = generations(cache, name)
+    return bool(there) and not is_dead(there[-1][1])
 
 
 def clear_dead_store_claims(cache: Path) -> None:

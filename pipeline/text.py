@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 
-from pipeline.teacher_folder import TeacherFolder
+from pipeline.teacher_folder import MOST_TOKENIZER_BYTES, TeacherFolder
 
 VISIBLE = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
 
@@ -74,8 +73,12 @@ class Vocabulary:
 
 
 def _special_names(teacher: TeacherFolder) -> dict[int, str]:
-    path = teacher.path / "tokenizer.json"
-    if not path.is_file():
+    """Names of added tokens; an entry of another shape than tokenizers write is left out."""
+    if not (teacher.path / "tokenizer.json").is_file():
         return {}
-    added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
-    return {int(entry["id"]): str(entry["content"]) for entry in added}
+    added = teacher.json("tokenizer.json", MOST_TOKENIZER_BYTES).get("added_tokens")
+    names = {}
+    for entry in added if isinstance(added, list) else []:
+        if isinstance(entry, dict) and isinstance(entry.get("id"), int) and isinstance(entry.get("content"), str):
+            names[entry["id"]] = entry["content"]
+    return names

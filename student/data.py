@@ -8,7 +8,7 @@ batch.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,12 @@ from pipeline.cache import Cache
 from pipeline.errors import UserError
 from pipeline.index import ShardEntry
 from pipeline.prefetch import ahead
+from pipeline.row_checks import check_indices
 from pipeline.schema import CacheSpec
 from pipeline.shard import Columns, DamagedShard
 from pipeline.teacher_folder import TeacherFolder
 from student.batch import IGNORE, Batch
+from student.identity import RunCache, Teaching, require_same_teacher
 
 PREFETCH_BATCHES = 4
 
@@ -79,6 +81,7 @@ class GroupReader:
                     "another version wrote it; dump the cache again"
                 )
             values = shard.read_group(ref.group, [c for c in columns if not c.startswith("tail_")])
+        check_indices(values, self.cache.spec, f"{shard.path}: row group {ref.group}")
         self._decoded[index] = values
         while len(self._decoded) > self.keep:
             self._decoded.popitem(last=False)
@@ -130,7 +133,7 @@ class TrainLoader:
     """
 
     def __init__(
-        self, caches: list[Cache], batch_rows: int, seed: int, window: int, rank: int = 0, ranks: int = 1
+        self, caches: Sequence[Cache], batch_rows: int, seed: int, window: int, rank: int = 0, ranks: int = 1
     ) -> None:
         self.batch_rows, self.seed, self.window, self.rank, self.ranks = batch_rows, seed, window, rank, ranks
         self.groups = [list_groups(cache, "train") for cache in caches]
@@ -177,7 +180,7 @@ class TrainLoader:
 class SplitLoader:
     """Batches of a split in stored order, every row once, the last batch smaller."""
 
-    def __init__(self, caches: list[Cache], split: str, batch_rows: int) -> None:
+    def __init__(self, caches: Sequence[Cache], split: str, batch_rows: int) -> None:
         self.caches, self.split, self.batch_rows = caches, split, batch_rows
 
     def __len__(self) -> int:
@@ -194,6 +197,8 @@ class SplitLoader:
 
 class CacheDataModule(LightningDataModule):
     """Training and held-out batches of one or several caches of one `compat_id`.
+
+    The shards that are committed when it is made are its shards, whatever a dump adds later.
 
     Args:
         cache: folder of a cache, or several.
@@ -215,17 +220,10 @@ class CacheDataModule(LightningDataModule):
                 raise UserError(f"--data.{name} {value}: must be at least 1")
         if seed < 0:
             raise UserError(f"--data.seed {seed}: must not be negative")
-        self.caches = [Cache(path) for path in paths]
+        self.caches = [RunCache(path) for path in paths]
         self.batch_rows, self.seed, self.window_groups = batch_rows, seed, window_groups
-        first = self.caches[0]
         for other in self.caches[1:]:
-            for name in sorted(first.manifest.compat.keys() | other.manifest.compat.keys()):
-                here, there = first.manifest.compat.get(name), other.manifest.compat.get(name)
-                if here != there:
-                    raise UserError(
-                        f"{other.path}: {name} is {there!r}, in {first.path} it is {here!r}: only caches of one "
-                        "teacher train together"
-                    )
+            require_same_teacher(Teaching.of(other), Teaching.of(self.caches[0]), "Only caches of one train together")
         for opened in self.caches:
             rows = sum(record.rows for record in opened.shards("train"))
             if rows < batch_rows:
@@ -239,13 +237,20 @@ class CacheDataModule(LightningDataModule):
     def teacher(self) -> TeacherFolder:
         return self.caches[0].teacher
 
+    def setup(self, stage: str) -> None:
+        """Every rank reads the shards that the first one found: a dump may be adding some at this moment."""
+        if self.trainer is not None and self.trainer.world_size > 1:
+            found = self.trainer.strategy.broadcast([cache.ranges() for cache in self.caches])
+            for cache, ranges in zip(self.caches, found, strict=True):
+                cache.use(ranges, "rank 0")
+
+    @property
+    def compat(self) -> dict[str, Any]:
+        return self.caches[0].manifest.compat
+
     @property
     def compat_id(self) -> str:
         return self.caches[0].manifest.compat_id
-
-    @property
-    def data_ids(self) -> list[str]:
-        return [cache.manifest.data_id for cache in self.caches]
 
     @property
     def specs(self) -> list[CacheSpec]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pipeline.config import Place
 from pipeline.errors import UserError
-from pipeline.schema import SCHEMA_MAJOR, CacheSpec
+from pipeline.schema import MOST_GROUPS, SCHEMA_MAJOR, CacheSpec
 from pipeline.teacher_folder import TeacherFacts
 from teacher_dump.corpus import CorpusConfig
 from teacher_dump.engine import EngineOptions, default_rows_per_step
@@ -94,6 +94,15 @@ class DumpConfig:
             raise UserError(f"--taus {list(self.taus)}: must be in ascending order")
         if self.tail_samples and self.k == facts.vocab_size:
             raise UserError(f"--tail_samples {self.tail_samples}: with --k {self.k} there is no tail to draw from")
+        spec = self.spec(facts)
+        problem = spec.problem()
+        if problem is not None:
+            raise UserError(f"--{problem[0]} {problem[1]}")
+        if self.rows_per_shard > MOST_GROUPS * spec.rows_per_group:
+            most = MOST_GROUPS * spec.rows_per_group * self.length
+            raise UserError(
+                f"--tokens_per_shard {self.tokens_per_shard}: a shard has at most {most}; ask for more shards"
+            )
         if not 0.0 <= self.corpus.heldout_fraction < 1.0:
             raise UserError(f"--corpus.heldout_fraction {self.corpus.heldout_fraction}: must be in [0, 1)")
         if not 0.0 < self.corpus.bytes_per_token < math.inf:

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.cache import Cache
 from pipeline.commit import new_claim_id
 from pipeline.errors import UserError
-from pipeline.manifest import Manifest, create_or_match
+from pipeline.manifest import MANIFEST, Manifest, create_or_match
 from pipeline.schema import CacheSpec, unit_name
 from pipeline.shard import DamagedShard, read_record
 from teacher_dump.plan import Plan, Unit, open_plan, store_plan
@@ -57,14 +57,36 @@ def prepare(config: DumpConfig) -> Work:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     claim = new_claim_id()
-    if (cache / "manifest.json").is_file():
+    if (cache / MANIFEST).is_file():
         manifest = create_or_match(cache, manifest)
+    else:
+        require_own_shards(cache, manifest)
     plan.unit(config.shards - 1, "train")
     if config.heldout_shards:
         plan.unit(config.heldout_shards - 1, "heldout")
     write_teacher_folder(teacher, cache, claim)
     store_plan(cache, plan, claim)
     return Work(config, teacher, plan, create_or_match(cache, manifest), spec, cache)
+
+
+def require_own_shards(cache: Path, manifest: Manifest) -> None:
+    """In a folder whose manifest was lost: refuse to write one that does not suit the shards that are there.
+
+    Raises:
+        UserError: a shard was dumped with other settings; names its identity and the one of this run.
+    """
+    for path in sorted([*cache.glob("shard-*.json"), *cache.glob("heldout-*.json")]):
+        try:
+            record = read_record(path)
+        except UserError:
+            continue  # damaged: it is dumped again
+        for name in ("compat_id", "data_id"):
+            if getattr(record, name) != getattr(manifest, name):
+                raise UserError(
+                    f"{cache} has no {MANIFEST}, and {path.name} has {name} {getattr(record, name)}, these settings "
+                    f"{getattr(manifest, name)}: give the settings the cache was made with, or another folder "
+                    "(CACHE=..., --cache)"
+                )
 
 
 def is_done(work: Work, unit: Unit) -> bool:

@@ -85,8 +85,10 @@ def attention_alignment(
     count = valid_Bn.sum().clamp_min(1)
     terms = []
     for block, map_Bnn in sorted(maps.items()):
-        weights_G = torch.tensor(depth_overlap(block, blocks, groups), device=attn_map_BGnn.device)
-        target_Bnn = torch.einsum("g,bgij->bij", weights_G, attn_map_BGnn.float())
+        # Weights as numbers: a tensor of them would have to be copied to a GPU, and autocast would round the product.
+        weights = depth_overlap(block, blocks, groups)
+        shares = [attn_map_BGnn[:, g].float() * weight for g, weight in enumerate(weights) if weight]
+        target_Bnn = torch.stack(shares).sum(0)
         target_Bnn = prepare_map(target_Bnn, "signed", sinks, normalise_rows)
         student_Bnn = prepare_map(map_Bnn, sign, sinks, normalise_rows)
         distance_Bn = (student_Bnn - target_Bnn).square().sum(-1)

@@ -268,7 +268,7 @@ def test_limits_of_several_caches_are_the_common_ones(cache: Cache, tmp_path: Pa
     data = CacheDataModule([str(cache.path), str(other)], batch_rows=2)
     assert (data.taus[0], data.taus[-1]) == (1.0, 1.3)
     assert data.pool_block == 0 and not data.has_hidden
-    assert data.compat_id == cache.manifest.compat_id and len(set(data.data_ids)) == 2
+    assert data.compat_id == cache.manifest.compat_id and len({c.manifest.data_id for c in data.caches}) == 2
 
 
 @pytest.mark.parametrize(
