@@ -25,6 +25,7 @@ from student.batch import Batch
 from student.group_reader import GroupReader
 from student.identity import RunCache, Teaching, require_same_teacher
 from student.order import RowGroups, epoch_rows
+from student.ranks import require_equal_shares, share_of
 
 PREFETCH_BATCHES = 4
 
@@ -75,7 +76,7 @@ class TrainLoader:
 
         def make() -> Iterator[Batch]:
             for cache, rows in self.plan(epoch, skip):
-                batch = self.readers[cache].batch(rows[self.rank :: self.ranks])
+                batch = self.readers[cache].batch(share_of(rows, self.rank, self.ranks))
                 yield batch.pin_memory() if on_gpu else batch
 
         for batch in ahead(make, PREFETCH_BATCHES):
@@ -84,10 +85,14 @@ class TrainLoader:
 
 
 class SplitLoader:
-    """Batches of a split in stored order, every row once, the last batch smaller."""
+    """Batches of a split in stored order, every row once, the last batch smaller.
 
-    def __init__(self, caches: Sequence[Cache], split: str, batch_rows: int) -> None:
-        self.caches, self.split, self.batch_rows = caches, split, batch_rows
+    Several ranks take the rows of a batch in turn. One that a small batch leaves without a row gets the first row with
+    no targets, which counts for nothing: all ranks take as many steps.
+    """
+
+    def __init__(self, caches: Sequence[Cache], split: str, batch_rows: int, rank: int = 0, ranks: int = 1) -> None:
+        self.caches, self.split, self.batch_rows, self.rank, self.ranks = caches, split, batch_rows, rank, ranks
 
     def __len__(self) -> int:
         return sum(
@@ -101,7 +106,10 @@ class SplitLoader:
                 reader.will_need(range(index, min(index + 2, len(groups))))
                 rows = groups.rows_of(index)
                 for first in range(0, rows, self.batch_rows):
-                    yield reader.batch([(index, row) for row in range(first, min(first + self.batch_rows, rows))])
+                    whole = range(first, min(first + self.batch_rows, rows))
+                    own = whole[self.rank :: self.ranks]
+                    batch = reader.batch([(index, row) for row in own or whole[:1]])
+                    yield batch if own else batch.without_targets()
             reader.close()
 
     def _groups(self) -> Iterator[tuple[Cache, RowGroups]]:
@@ -222,12 +230,12 @@ class CacheDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Any:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        if self.batch_rows % ranks:
-            raise UserError(f"data.batch_rows {self.batch_rows}: must be a multiple of the {ranks} ranks")
+        require_equal_shares(self.batch_rows, ranks)
         return TrainLoader(self.caches, self.batch_rows, self.seed, self.window_groups, rank, ranks)
 
     def val_dataloader(self) -> Any:
-        return SplitLoader(self.caches, "heldout", self.batch_rows)
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return SplitLoader(self.caches, "heldout", self.batch_rows, rank, ranks)
 
     def heldout_batches(self, batch_rows: int) -> Iterator[Batch]:
         """Held-out rows in stored order."""
