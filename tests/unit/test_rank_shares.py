@@ -80,7 +80,7 @@ def test_a_batch_must_be_dealt_out_evenly() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_ranks_share_batches_and_reading(ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every rank's rows are those of the same global batches, and a row group is read by few of the ranks, not by all."""
+    """Every rank's rows are those of the same global batches, and few of the ranks read a row group, not all."""
     monkeypatch.setattr(schema, "ROW_GROUP_TOKENS", 16 * 32)
     cache = Cache(write_toy_cache(tmp_path / "cache", units=8, heldout_units=0, rows=32, length=32, block=8, k=2))
     loader = TrainLoader([cache], batch_rows=32, seed=0, window=8)
