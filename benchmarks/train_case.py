@@ -24,7 +24,8 @@ from benchmarks.processes import report
 from benchmarks.random_cache import benchmark_spec, random_columns, random_facts, random_tensors, write_random_cache
 from pipeline.schema import CacheSpec
 from student.batch import IGNORE, Batch
-from student.data import TrainLoader, to_batch
+from student.data import TrainLoader
+from student.group_reader import to_batch
 from student.losses.attention import attention_alignment
 from student.model import DistilXLSTM, StudentConfig
 from student.module import DistillModule, LossConfig, OptimizerConfig

@@ -54,7 +54,7 @@ def check_pages(path: Path, metadata: pq.FileMetaData) -> Checksums:
     whole = path.stat().st_size
     # One buffer for all: new memory for each would cost more than the checksums.
     buffer = memoryview(bytearray(max([CHUNK_BYTES, *(min(size, whole) for _, size, *_ in chunks)])))
-    with open(path, "rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
 
         def read(length: int) -> memoryview:
             """The next `length` bytes, fewer at the end of the file."""
@@ -157,6 +157,8 @@ def _skip(data: memoryview, at: int, kind: int, depth: int) -> int:
         at += 1
         if count == 15:
             count, at = _varint(data, at)
+        if count > len(data) - at:  # every element takes a byte
+            raise IndexError
         for _ in range(count):
             at = at + 1 if element in (TRUE, FALSE) else _skip(data, at, element, depth)
         return at

@@ -26,6 +26,9 @@ from pipeline.parquet_headers import (
     RLE_DICTIONARY,
     SCHEMA_ELEMENT,
     Chunk,
+    Leaf,
+    check_place,
+    leaves_of,
     need,
     pages,
 )
@@ -208,33 +211,49 @@ def check_corpus_footer(raw: BinaryIO) -> int:
     footer = raw.read(length)
     key = (hashlib.sha256(footer).digest(), size)
     if key not in _passed:
-        _walk(footer)
+        _Walk().footer(footer)
         if len(_passed) >= 4096:
             _passed.clear()
         _passed.add(key)
     return before
 
 
-def _walk(footer: bytes) -> None:
-    chunks = Items(CHUNK, MOST_COLUMNS, each=_check_chunk)
-    group = {1: ("columns", chunks), 3: ("rows", I64), 4: ("sorting", Items({}, MOST_COLUMNS))}
-    layout = {
-        2: ("schema", Items(SCHEMA_ELEMENT, 4 * MOST_COLUMNS, each=lambda element: need(element, "name"))),
-        3: ("rows", I64),
-        4: ("groups", Items(group, len(footer), each=lambda found: need(found, "columns", "rows"))),
-        5: ("metadata", Items({}, 1024)),
-        7: ("orders", Items({}, MOST_COLUMNS)),
-        8: ("encryption", {}),
-    }
-    found = Reader(footer).struct(layout)
-    need(found, "schema", "rows", "groups")
-    if "encryption" in found:
-        raise Malformed("it is encrypted")
+class _Walk:
+    """A walk through a footer, which may have a thousand row groups: nothing of them is kept."""
 
+    def __init__(self) -> None:
+        self.elements: list[dict[str, Any]] = []
+        self.leaves: list[Leaf] = []
+        self.column = 0
 
-def _check_chunk(chunk: dict[str, Any]) -> None:
-    (meta,) = need(chunk, "meta")
-    need(meta, "type", "encodings", "path", "codec", "values", "uncompressed", "compressed", "data_page")
+    def footer(self, footer: bytes) -> None:
+        chunks = Items(CHUNK, MOST_COLUMNS, each=self.chunk)
+        group = {1: ("columns", chunks), 3: ("rows", I64), 4: ("sorting", Items({}, MOST_COLUMNS))}
+        layout = {
+            2: ("schema", Items(SCHEMA_ELEMENT, 4 * MOST_COLUMNS, each=self.elements.append)),
+            3: ("rows", I64),
+            4: ("groups", Items(group, len(footer), each=self.group)),
+            5: ("metadata", Items({}, 1024)),
+            7: ("orders", Items({}, MOST_COLUMNS)),
+            8: ("encryption", {}),
+        }
+        found = Reader(footer).struct(layout)
+        need(found, "schema", "rows", "groups")
+        if "encryption" in found:
+            raise Malformed("it is encrypted")
+
+    def chunk(self, chunk: dict[str, Any]) -> None:
+        self.leaves = self.leaves or leaves_of(self.elements)
+        if self.column >= len(self.leaves):
+            raise Malformed(f"a row group has more than the {len(self.leaves)} columns of its schema")
+        check_place(chunk, self.leaves[self.column])
+        self.column += 1
+
+    def group(self, group: dict[str, Any]) -> None:
+        need(group, "columns", "rows")
+        if self.column != len(self.leaves):
+            raise Malformed(f"a row group has {self.column} columns, its schema {len(self.leaves)}")
+        self.column = 0
 
 
 def _is_text(kind: pa.DataType | None) -> bool:
