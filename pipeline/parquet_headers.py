@@ -159,7 +159,7 @@ def leaves_of(schema: list[dict[str, Any]]) -> list[Leaf]:
     found: list[Leaf] = []
     open_: list[list[int]] = []  # of the groups around: children to come, definition and repetition level
     for number, element in enumerate(schema):
-        need(element, "name")
+        _text(*need(element, "name"))
         _, definition, repetition = open_[-1] if open_ else [0, 0, 0]
         if number:
             if not open_:
@@ -182,6 +182,13 @@ def leaves_of(schema: list[dict[str, Any]]) -> list[Leaf]:
     return found
 
 
+def _text(name: bytes) -> None:
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        raise Malformed(f"the name {name[:40]!r} is no UTF-8") from None
+
+
 def check_place(chunk: dict[str, Any], leaf: Leaf) -> dict[str, Any]:
     """What every column chunk must have, whatever its file is for; returns its metadata.
 
@@ -193,6 +200,8 @@ def check_place(chunk: dict[str, Any], leaf: Leaf) -> dict[str, Any]:
         raise Malformed("its pages are in another file or encrypted")
     meta: dict[str, Any] = chunk["meta"]
     need(meta, "type", "encodings", "path", "codec", "values", "uncompressed", "compressed", "data_page")
+    for name in meta["path"]:
+        _text(name)
     if meta["type"] != leaf.type:
         raise Malformed(f"its type is {meta['type']}, the schema's {leaf.type}")
     sizes = meta.get("sizes", {})
