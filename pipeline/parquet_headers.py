@@ -88,7 +88,7 @@ class Column:
         values: values of a row, at most.
         exact: every row has exactly so many.
         encodings: of its data pages.
-        codec: its pages are compressed by, if at all; one of `CODECS`.
+        codec: its pages are compressed by; one of `CODECS`.
         most: bytes that all pages of a row group take uncompressed, at most; None: as its values and their width say.
         dictionary: it may have a dictionary page.
         checksums: its pages must have them.
@@ -304,7 +304,7 @@ def _check_chunk(chunk: dict[str, Any], column: Column, leaf: Leaf, rows: int) -
     codec, values, uncompressed, compressed, start = need(
         meta, "codec", "values", "uncompressed", "compressed", "data_page"
     )
-    if codec not in (CODECS["none"], CODECS[column.codec]):
+    if codec != CODECS[column.codec]:
         raise Malformed(f"it is compressed by codec {codec}, not by {column.codec}")
     most = rows * column.values
     if not (most if column.exact else rows) <= values <= most:
