@@ -11,12 +11,13 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.fields import check_stays
 from pipeline.index import INDEX, ShardEntries, ShardEntry, listed_units, read_index, write_index
+from pipeline.local_copies import LocalCopies
 from pipeline.manifest import read_manifest
 from pipeline.row_checks import check_indices
 from pipeline.schema import HELDOUT_UNIT, unit_name
 from pipeline.shard import Columns, DamagedShard, ShardFile, ShardRecord, read_record
 from pipeline.store import open_path
-from pipeline.teacher_folder import TeacherFolder
+from pipeline.teacher_folder import TeacherFolder, local_teacher
 
 SPLITS = ("train", "heldout")
 
@@ -31,8 +32,8 @@ class Cache:
         UserError: the folder is no cache, or its manifest is damaged or of another major version.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = open_path(path)
+    def __init__(self, path: Path | str, copies: LocalCopies | None = None) -> None:
+        self.path, self.copies = open_path(path), copies
         self.manifest = read_manifest(self.path)
         self.spec = self.manifest.spec
 
@@ -44,7 +45,7 @@ class Cache:
             UserError: it is incomplete or damaged, a link out of the cache, or another vocabulary's or width's.
         """
         check_stays(self.path, self.path / "teacher")
-        teacher = TeacherFolder(self.path / "teacher")
+        teacher = TeacherFolder(local_teacher(self.path / "teacher"))
         for name in ("vocab_size", "width"):
             own, given = getattr(self.spec, name), getattr(teacher.facts, name)
             if own != given:
@@ -116,12 +117,12 @@ class Cache:
     def open(self, shard: ShardEntry | ShardRecord) -> ShardFile:
         """Open a shard; its size and footer digest are checked."""
         try:
-            return ShardFile(self.path, shard, self.spec)
+            return ShardFile(self.path, shard, self.spec, self.copies)
         except DamagedShard:
             now = self.record(shard.unit)  # dumped again since the index was built?
             if now.footer_sha256 == shard.footer_sha256:
                 raise
-            return ShardFile(self.path, now, self.spec)
+            return ShardFile(self.path, now, self.spec, self.copies)
 
     def build_index(self) -> int:
         """Write the index of all committed shards; returns their number."""

@@ -35,7 +35,6 @@ from pipeline.parquet_headers import (
     footer_layout,
 )
 from pipeline.schema import MOST_GROUPS, MOST_ID_BYTES, CacheSpec
-from pipeline.store import is_remote
 from pipeline.thrift import Malformed, Reader
 
 FOOTER_BYTES = 1 << 20
@@ -51,7 +50,7 @@ class CheckedParquet:
     """A Parquet file whose footer was looked at before Arrow parsed it.
 
     Args:
-        path: the file.
+        source: the file, by path or opened.
         columns: what its columns may hold.
         schema: the schema its footer must have.
         rows: rows it must have in all; None: any number.
@@ -65,7 +64,7 @@ class CheckedParquet:
 
     def __init__(
         self,
-        path: Path,
+        source: Path | BinaryIO,
         columns: tuple[Column, ...],
         schema: list[Any],
         rows: int | None,
@@ -73,9 +72,12 @@ class CheckedParquet:
         **options: Any,
     ) -> None:
         self.columns = columns
-        remote = is_remote(path)
-        opened = path.open("rb") if remote else open(path, "rb", buffering=0)  # noqa: SIM115
-        self._file: BinaryIO = opened  # type: ignore[assignment]
+        opened: Any = source
+        if isinstance(source, Path):
+            opened = open(source, "rb", buffering=0)  # noqa: SIM115
+        elif not hasattr(source, "readinto"):  # a path on a store
+            opened = opened.open("rb")
+        self._file: BinaryIO = opened
         self._checked: set[tuple[int, int]] = set()
         try:
             footer, before = self._footer()
@@ -85,7 +87,7 @@ class CheckedParquet:
                 groups = check_footer(footer, before, columns, schema, MOST_GROUPS)
                 _check_rows(groups, rows, group_rows)
             self.parquet = pq.ParquetFile(
-                path.open("rb") if remote else path,
+                source if isinstance(source, Path) else opened,
                 page_checksum_verification=True,
                 memory_map=False,
                 thrift_string_size_limit=max(len(footer), 1),
@@ -170,7 +172,7 @@ def _check_rows(groups: list[Group], rows: int | None, group_rows: int) -> None:
         raise Malformed(f"has row groups of {counts[:4]} rows; the contract asks for {group_rows} at most")
 
 
-def open_shard(path: Path, spec: CacheSpec, rows: int | None) -> CheckedParquet:
+def open_shard(source: Path | BinaryIO, spec: CacheSpec, rows: int | None) -> CheckedParquet:
     """A shard's file; `rows`: those its JSON says, None where there is none yet.
 
     Raises:
@@ -178,7 +180,7 @@ def open_shard(path: Path, spec: CacheSpec, rows: int | None) -> CheckedParquet:
         OSError, pa.ArrowException: from Arrow.
     """
     columns, schema, arrow = shard_columns(spec)
-    file = CheckedParquet(path, columns, schema, rows, spec.rows_per_group)
+    file = CheckedParquet(source, columns, schema, rows, spec.rows_per_group)
     if not file.parquet.schema_arrow.equals(arrow):
         names = sorted({field.name for field in set(arrow) ^ set(file.parquet.schema_arrow)})
         file.close()

@@ -11,22 +11,24 @@ import contextlib
 import json
 import os
 import re
-import socket
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.commit import host_name, new_claim_id
+from pipeline.commit import machine, machine_digest, new_claim_id
+from pipeline.errors import UserError, named
 from pipeline.store import is_remote
 
 EXPIRY_SECONDS = 600.0
 REFRESH_SECONDS = 30.0
-TEMPORARY = re.compile(r"\.(?P<id>(?P<host>[^.]+)-(?P<pid>\d+)-[0-9a-f]{8})\.tmp$")
+TEMPORARY = re.compile(r"\.(?P<id>[^.]+-(?P<pid>\d+)-(?P<machine>[0-9a-f]{6})[0-9a-f]{8})\.tmp$")
 """The end of a temporary's name: the id of the writer it belongs to."""
 OWNER = re.compile(r"[\w-]{0,100}")  # no folders and no wildcards: temporaries are looked for by it
 TEXTS = ("id", "machine", "started")
 MOST_CLAIM_BYTES = 1 << 16
+HOLDER_FACTS: dict[str, str] = {}
+"""What else the claims of this process say of it, such as the node of a cluster that it runs on."""
 
 
 class Claim:
@@ -39,14 +41,14 @@ class Claim:
         self._thread = threading.Thread(target=self._refresh, name=f"claim-{path.stem}", daemon=True)
         self._thread.start()
 
-    def _is_ours(self) -> bool:
+    def is_ours(self) -> bool:
         """False once another writer took an expired claim over (this machine slept, or lost the disk for a while)."""
         return _read(self.path).get("id") == self.id
 
     def _refresh(self) -> None:
         while not self._stop.wait(REFRESH_SECONDS):
             with contextlib.suppress(OSError):
-                if self._is_ours():
+                if self.is_ours():
                     self._touch()
 
     def _touch(self) -> None:
@@ -55,8 +57,26 @@ class Claim:
     def release(self) -> None:
         self._stop.set()
         with contextlib.suppress(OSError):
-            if self._is_ours():
+            if self.is_ours():
                 self.path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Before something is made visible: whether the work is still ours, as far as the storage can tell.
+
+        Raises:
+            UserError: another writer took it over, because this one could not refresh its claim for too long.
+        """
+        try:
+            ours = self.is_ours()
+        except FileNotFoundError:
+            ours = False
+        except OSError:
+            return
+        if not ours:
+            raise UserError(
+                f"{self.path}: another writer took this work over, since this process could not refresh its claim (the "
+                "machine slept, or lost its storage): run the same command to go on"
+            )
 
     def __enter__(self) -> Claim:
         return self
@@ -75,12 +95,13 @@ def try_claim(cache: Path, name: str) -> Claim | None:
 
         return try_store_claim(cache, name)
     folder = cache / "claims"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # not the cache: where that is gone, there is nothing to work on
     path = folder / f"{name}.json"
     claim_id = new_claim_id()
     draft = folder / f".{name}.{claim_id}.tmp"
-    draft.write_text(json.dumps({**holder_record(claim_id), "since": time.time()}))
     try:
+        # Synced, so that a claim that survives a power cut says whose it was.
+        _write_synced(draft, json.dumps({**holder_record(claim_id), "since": time.time()}).encode())
         for _ in range(2):
             try:
                 os.link(draft, path)
@@ -90,7 +111,18 @@ def try_claim(cache: Path, name: str) -> Claim | None:
                     return None
         return None
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise named(error, path) from error
 
 
 def clear_if_dead(path: Path, cache: Path) -> bool:
@@ -104,7 +136,7 @@ def clear_if_dead(path: Path, cache: Path) -> bool:
     if holder.get("id"):  # checked: it must not lead to other files
         for leftover in cache.glob(f"**/.*.{holder['id']}.tmp"):
             leftover.unlink(missing_ok=True)
-    return _take_away(path, holder)
+    return take_away(path, holder)
 
 
 def is_held(cache: Path, name: str) -> bool:
@@ -127,7 +159,7 @@ def _is_dead(path: Path, holder: dict[str, Any]) -> bool:
     return age > EXPIRY_SECONDS if lives is None else not lives
 
 
-def _take_away(path: Path, holder: dict[str, Any]) -> bool:
+def take_away(path: Path, holder: dict[str, Any]) -> bool:
     """Remove the claim of `holder` unless another writer was faster and its live claim stands there by now."""
     grave = path.with_name(f".{path.name}.{new_claim_id()}.tmp")
     try:
@@ -166,21 +198,26 @@ def _clear_unclaimed(cache: Path) -> None:
             held.add(_read(path).get("id"))
     for path in cache.glob("**/.*.tmp"):
         match = TEMPORARY.search(path.name)
-        if match is None or match["id"] in held or match["host"] == host_name() and _process_lives(int(match["pid"])):
+        if match is None or match["id"] in held:
             continue
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > EXPIRY_SECONDS:
+            if match["machine"] == machine_digest():
+                dead = not _process_lives(int(match["pid"]))
+            else:
+                dead = time.time() - path.stat().st_mtime > EXPIRY_SECONDS
+            if dead:
                 path.unlink()
 
 
 def holder_record(claim_id: str) -> dict[str, Any]:
     """What a claim says of its owner, which is this process."""
-    return {"id": claim_id, "machine": _machine(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+    process = {"machine": machine(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+    return {"id": claim_id, **process, **HOLDER_FACTS}
 
 
 def holder_lives_here(holder: dict[str, Any]) -> bool | None:
     """Whether a claim's owner runs on this machine; None if it belongs to another one, of which nothing is known."""
-    if holder.get("machine") != _machine():
+    if holder.get("machine") != machine():
         return None
     return _process_lives(int(holder.get("pid", 0)), holder.get("started"))
 
@@ -210,17 +247,11 @@ def read_holder(data: bytes) -> dict[str, Any]:
     return holder if right else {}
 
 
-def _machine() -> str:
-    """What process numbers are unique in: this host since it booted, and the container this process sees."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # only Linux has these
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)
-
-
 def _process_lives(pid: int, started: str | None = None) -> bool:
-    """Whether process `pid` runs here and, where that is known, is the one that started then."""
+    """Whether process `pid` runs here and, where that is known, is the one that started then.
+
+    A process that was killed and not reaped by its parent yet still has its number, and is dead.
+    """
     if pid <= 0:
         return False
     try:
@@ -229,12 +260,19 @@ def _process_lives(pid: int, started: str | None = None) -> bool:
         return False
     except PermissionError:
         pass
-    return not started or started == _process_start(pid)
+    state, start = _process_state(pid)
+    return state not in ("Z", "X") and (not started or started == start)
 
 
 def _process_start(pid: int) -> str:
     """When a process started, in clock ticks since boot: process numbers are used again. "" if unknown."""
+    return _process_state(pid)[1]
+
+
+def _process_state(pid: int) -> tuple[str, str]:
+    """State and start of a process as the kernel tells them, "" where it does not."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        told = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return told[0], told[19]
     except (OSError, IndexError):
-        return ""
+        return "", ""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.store import is_remote
 
 MOST_TEXT = 4096
 """Characters of a text field, unless its reader says otherwise."""
@@ -144,7 +145,7 @@ def check_stays(folder: Path, path: Path) -> None:
     Raises:
         UserError: `path` is such a link.
     """
-    if not path.is_symlink():
+    if is_remote(path) or not path.is_symlink():
         return
     try:
         stays = path.resolve().is_relative_to(folder.resolve())

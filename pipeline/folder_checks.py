@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.fields import Fields
 from pipeline.manifest import MANIFEST, Manifest
 from pipeline.schema import HELDOUT_UNIT, unit_name
-from pipeline.teacher_folder import TeacherFolder
+from pipeline.teacher_folder import TeacherFolder, local_teacher
 
 SHARD_NAME = re.compile(r"(shard|heldout)-\d{5,}")
 MOST_MISSING = 100_000
@@ -68,7 +68,7 @@ def check_teacher(cache: Path, manifest: Manifest) -> list[Problem]:
             problems.append(
                 Problem("teacher/teacher.json", f"{name} is {value}, the manifest's {manifest.compat.get(name)}")
             )
-    return problems + (check_head(teacher) if whole else [])
+    return problems + (check_head(TeacherFolder(local_teacher(cache / "teacher"))) if whole else [])
 
 
 def check_head(teacher: TeacherFolder) -> list[Problem]:

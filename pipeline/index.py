@@ -27,7 +27,7 @@ from pipeline.errors import UserError, one_line
 from pipeline.fields import MOST_COUNT, Fields, check_stays, child
 from pipeline.parquet_headers import FIXED_BYTES, INT64, PLAIN, Column
 from pipeline.schema import HELDOUT_UNIT, unit_name
-from pipeline.store import is_remote
+from pipeline.store import names_in
 from pipeline.thrift import Malformed
 
 INDEX = "index.json"
@@ -129,18 +129,9 @@ class ShardEntries(Sequence[ShardEntry]):
 def listed_units(cache: Path, split: str) -> np.ndarray:
     """Units of a split whose JSON is there, ascending, int64; from one listing of the folder."""
     kind = "heldout" if split == "heldout" else "shard"
-    names: Iterable[str]
-    if is_remote(cache):
-        store: Any = cache
-        try:
-            names = [path.rsplit("/", 1)[-1] for path in store.fs.ls(store.path, detail=False)]
-        except FileNotFoundError:
-            names = []
-    else:
-        names = (entry.name for entry in os.scandir(cache))
     prefix = f"{kind}-"
-    found = [int(match[2]) for name in names if name.startswith(prefix) and (match := NAME.fullmatch(name)) is not None]
-    found = [number for number in found if number < HELDOUT_UNIT]
+    matches = (NAME.fullmatch(name) for name in names_in(cache) if name.startswith(prefix))
+    found = [number for match in matches if match is not None and (number := int(match[2])) < HELDOUT_UNIT]
     return np.sort(np.array(found, np.int64)) + (HELDOUT_UNIT if split == "heldout" else 0)
 
 

@@ -54,7 +54,7 @@ def check_pages(path: Path, metadata: pq.FileMetaData) -> Checksums:
     whole = path.stat().st_size
     # One buffer for all: new memory for each would cost more than the checksums.
     buffer = memoryview(bytearray(max([CHUNK_BYTES, *(min(size, whole) for _, size, *_ in chunks)])))
-    with open(path, "rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
 
         def read(length: int) -> memoryview:
             """The next `length` bytes, fewer at the end of the file."""

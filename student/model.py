@@ -120,7 +120,7 @@ class DistilXLSTM(nn.Module):
         # One buffer where the two are tied: `to(device)` would make two of a shared one.
         untied = None if facts.tied else tensors["head_VD"].detach()
         self.register_buffer("untied_head_VD", untied, persistent=False)
-        self.stack = xLSTMBlockStack(_stack_config(config, facts.width))
+        self.stack = xLSTMBlockStack(stack_config(config, facts.width))
         for block in self.stack.blocks:
             (use_cell_backend if isinstance(block, mLSTMBlock) else use_scan_cell)(block)
         self.final_norm: nn.Module
@@ -264,12 +264,23 @@ def _mlstm_layer_config(config: StudentConfig, width: int) -> mLSTMLayerConfig:
     )
 
 
-def _stack_config(config: StudentConfig, width: int) -> xLSTMBlockStackConfig:
+def stack_config(
+    config: StudentConfig,
+    width: int,
+    context_length: int = 1,
+    slstm_backend: Literal["vanilla", "cuda"] = "vanilla",
+) -> xLSTMBlockStackConfig:
+    """The package's configuration of the blocks.
+
+    Args:
+        context_length: sizes nothing but the package's causal mask, which our cell backend does not use.
+        slstm_backend: of the package's own sLSTM cell, which ours takes the place of.
+    """
     slstm_at = config.slstm_blocks()
     mlstm = mLSTMBlockConfig(mlstm=_mlstm_layer_config(config, width))
     slstm = sLSTMBlockConfig(
         slstm=sLSTMLayerConfig(
-            backend="vanilla",
+            backend=slstm_backend,
             num_heads=config.heads,
             conv1d_kernel_size=config.conv_kernel,
             bias_init="powerlaw_blockdependent",
@@ -279,7 +290,7 @@ def _stack_config(config: StudentConfig, width: int) -> xLSTMBlockStackConfig:
     return xLSTMBlockStackConfig(
         mlstm_block=mlstm if len(slstm_at) < config.blocks else None,
         slstm_block=slstm if slstm_at else None,
-        context_length=1,  # sizes nothing but a causal mask, which our cell backend does not use
+        context_length=context_length,
         num_blocks=config.blocks,
         embedding_dim=width,
         add_post_blocks_norm=False,

@@ -14,7 +14,7 @@ import fsspec
 import pyarrow as pa
 import zstandard
 
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError, named, one_line
 from pipeline.fields import Fields
 from pipeline.thrift import Malformed
 from teacher_dump.corpus_parquet import CorpusParquet
@@ -104,6 +104,12 @@ class SourceFile:
 
     def read(self, low: int, high: int, text: str, name: str, limit: int) -> Iterator[tuple[int, Any]]:
         """(position, raw value) of the documents that begin in [low, high)."""
+        try:
+            yield from self._documents(low, high, text, name, limit)
+        except OSError as error:
+            raise named(error, self.path) from error
+
+    def _documents(self, low: int, high: int, text: str, name: str, limit: int) -> Iterator[tuple[int, Any]]:
         if self.kind == "parquet":
             yield from self._read_rows(low, high, text, name, limit)
             return

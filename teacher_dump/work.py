@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.manifest import MANIFEST, Manifest, create_or_match
 from pipeline.schema import CacheSpec, unit_name
 from pipeline.shard import DamagedShard, read_record
+from pipeline.store import is_remote
 from teacher_dump.plan import Plan, Unit, open_plan, store_plan
 from teacher_dump.settings import DumpConfig, resolve_engine, to_plain
 from teacher_dump.teacher import Teacher, open_teacher, write_teacher_folder
@@ -28,11 +29,6 @@ class Work:
     manifest: Manifest
     spec: CacheSpec
     cache: Path
-
-    def units(self) -> list[Unit]:
-        """All units the cache shall have, held-out ones first."""
-        heldout = [self.plan.unit(i, "heldout") for i in range(self.config.heldout_shards)]
-        return heldout + [self.plan.unit(i, "train") for i in range(self.config.shards)]
 
 
 def prepare(config: DumpConfig) -> Work:
@@ -87,6 +83,20 @@ def require_own_shards(cache: Path, manifest: Manifest) -> None:
                     f"{getattr(manifest, name)}: give the settings the cache was made with, or another folder "
                     "(CACHE=..., --cache)"
                 )
+
+
+def require_cache(work: Work) -> None:
+    """Refuse to go on where the cache is gone: what is written now would lie where nobody looks for it.
+
+    Raises:
+        UserError: its manifest is no longer there.
+    """
+    path = work.cache / MANIFEST
+    if not is_remote(work.cache) and not path.is_file():
+        raise UserError(
+            f"{path} is gone while the dump runs: its folder was moved or removed, or its disk is no longer there; "
+            "bring it back and run the same command again"
+        )
 
 
 def is_done(work: Work, unit: Unit) -> bool:

@@ -137,9 +137,9 @@ def test_a_dead_writers_claim_does_not_protect_damage(cache: Path) -> None:
 
 
 def read_claim_machine(cache: Path) -> str:
-    from pipeline.claim import _machine
+    from pipeline.commit import machine
 
-    return _machine()
+    return machine()
 
 
 def test_a_shard_that_was_mended_between_check_and_removal_stays(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
