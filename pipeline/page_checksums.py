@@ -141,6 +141,8 @@ def _structure(data: memoryview, at: int, depth: int = 0) -> tuple[dict[int, int
 
 def _skip(data: memoryview, at: int, kind: int, depth: int) -> int:
     """Where the value at `at` ends."""
+    if depth > DEEPEST:
+        raise IndexError
     if kind in (TRUE, FALSE):
         return at
     if kind == BYTE:
@@ -160,7 +162,7 @@ def _skip(data: memoryview, at: int, kind: int, depth: int) -> int:
         if count > len(data) - at:  # every element takes a byte
             raise IndexError
         for _ in range(count):
-            at = at + 1 if element in (TRUE, FALSE) else _skip(data, at, element, depth)
+            at = at + 1 if element in (TRUE, FALSE) else _skip(data, at, element, depth + 1)
         return at
     if kind == STRUCT:
         return _structure(data, at, depth + 1)[1]
