@@ -13,17 +13,23 @@ import os
 import re
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.commit import machine, machine_digest, new_claim_id
-from pipeline.errors import named
-from pipeline.store import is_remote
+from pipeline.commit import machine, machine_digest, new_claim_id, temporary_path
+from pipeline.errors import UserError, named
+from pipeline.store import is_remote, names_in
 
 EXPIRY_SECONDS = 600.0
 REFRESH_SECONDS = 30.0
 TEMPORARY = re.compile(r"\.(?P<id>[^.]+-(?P<pid>\d+)-(?P<machine>[0-9a-f]{6})[0-9a-f]{8})\.tmp$")
 """The end of a temporary's name: the id of the writer it belongs to."""
+OWNER = re.compile(r"[\w-]{0,100}")  # no folders and no wildcards: temporaries are looked for by it
+TEXTS = ("id", "machine", "started")
+MOST_CLAIM_BYTES = 1 << 16
+HOLDER_FACTS: dict[str, str] = {}
+"""What else the claims of this process say of it, such as the node of a cluster that it runs on."""
 
 
 class Claim:
@@ -36,14 +42,14 @@ class Claim:
         self._thread = threading.Thread(target=self._refresh, name=f"claim-{path.stem}", daemon=True)
         self._thread.start()
 
-    def _is_ours(self) -> bool:
+    def is_ours(self) -> bool:
         """False once another writer took an expired claim over (this machine slept, or lost the disk for a while)."""
         return _read(self.path).get("id") == self.id
 
     def _refresh(self) -> None:
         while not self._stop.wait(REFRESH_SECONDS):
             with contextlib.suppress(OSError):
-                if self._is_ours():
+                if self.is_ours():
                     self._touch()
 
     def _touch(self) -> None:
@@ -52,8 +58,26 @@ class Claim:
     def release(self) -> None:
         self._stop.set()
         with contextlib.suppress(OSError):
-            if self._is_ours():
+            if self.is_ours():
                 self.path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Before something is made visible: whether the work is still ours, as far as the storage can tell.
+
+        Raises:
+            UserError: another writer took it over, because this one could not refresh its claim for too long.
+        """
+        try:
+            ours = self.is_ours()
+        except FileNotFoundError:
+            ours = False
+        except OSError:
+            return
+        if not ours:
+            raise UserError(
+                f"{self.path}: another writer took this work over, since this process could not refresh its claim (the "
+                "machine slept, or lost its storage): run the same command to go on"
+            )
 
     def __enter__(self) -> Claim:
         return self
@@ -110,10 +134,16 @@ def clear_if_dead(path: Path, cache: Path) -> bool:
             return False
     except FileNotFoundError:
         return True
-    if holder.get("id"):
-        for leftover in cache.glob(f"**/.*.{holder['id']}.tmp"):
-            leftover.unlink(missing_ok=True)
-    return _take_away(path, holder)
+    if holder.get("id"):  # checked: it must not lead to other files
+        remove_temporaries(cache, path.stem, holder["id"])
+    return take_away(path, holder)
+
+
+def remove_temporaries(cache: Path, name: str, claim: str) -> None:
+    """Remove what a writer that is gone left of the shard it worked on."""
+    for ending in ("parquet", "json"):
+        with contextlib.suppress(OSError):
+            temporary_path(cache / f"{name}.{ending}", claim).unlink(missing_ok=True)
 
 
 def is_held(cache: Path, name: str) -> bool:
@@ -136,7 +166,7 @@ def _is_dead(path: Path, holder: dict[str, Any]) -> bool:
     return age > EXPIRY_SECONDS if lives is None else not lives
 
 
-def _take_away(path: Path, holder: dict[str, Any]) -> bool:
+def take_away(path: Path, holder: dict[str, Any]) -> bool:
     """Remove the claim of `holder` unless another writer was faster and its live claim stands there by now."""
     grave = path.with_name(f".{path.name}.{new_claim_id()}.tmp")
     try:
@@ -173,7 +203,7 @@ def _clear_unclaimed(cache: Path) -> None:
     for path in (cache / "claims").glob("*.json"):
         with contextlib.suppress(FileNotFoundError):
             held.add(_read(path).get("id"))
-    for path in cache.glob("**/.*.tmp"):
+    for path in _temporaries(cache):
         match = TEMPORARY.search(path.name)
         if match is None or match["id"] in held:
             continue
@@ -186,9 +216,17 @@ def _clear_unclaimed(cache: Path) -> None:
                 path.unlink()
 
 
+def _temporaries(cache: Path) -> Iterator[Path]:
+    """Temporaries in the folders that writers write in."""
+    for folder in (cache, cache / "teacher", cache / "claims"):
+        if folder.is_dir():
+            yield from (folder / name for name in names_in(folder) if name.startswith(".") and name.endswith(".tmp"))
+
+
 def holder_record(claim_id: str) -> dict[str, Any]:
     """What a claim says of its owner, which is this process."""
-    return {"id": claim_id, "machine": machine(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+    process = {"machine": machine(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+    return {"id": claim_id, **process, **HOLDER_FACTS}
 
 
 def holder_lives_here(holder: dict[str, Any]) -> bool | None:
@@ -204,11 +242,23 @@ def _read(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: the claim was released meanwhile.
     """
-    try:
-        holder = json.loads(path.read_text())
-    except ValueError:
+    if path.exists() and not path.is_file():  # a pipe, which would never end
         return {}
-    return holder if isinstance(holder, dict) else {}
+    with path.open("rb") as file:
+        return read_holder(file.read(MOST_CLAIM_BYTES))
+
+
+def read_holder(data: bytes) -> dict[str, Any]:
+    """What a claim says of its owner, {} if it is damaged or says what no writer says: it may be a stranger's."""
+    try:
+        holder = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(holder, dict) or not all(isinstance(holder.get(name, ""), str) for name in TEXTS):
+        return {}
+    pid = holder.get("pid", 0)
+    right = type(pid) is int and 0 <= pid < 1 << 31 and OWNER.fullmatch(holder.get("id", "")) is not None
+    return holder if right else {}
 
 
 def _process_lives(pid: int, started: str | None = None) -> bool:

@@ -247,6 +247,8 @@ def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
             raise UserError(f"{path} does not match the digest at its end: it was damaged or edited; restore it")
         record = json.loads(data.decode("utf-8"), parse_constant=_no_number)
         check_depth(record)
+        if b"\\u" in data:  # half a surrogate pair can be spelled, but not be written or printed
+            canonical_json(record)
     except (ValueError, RecursionError) as error:  # also NaN, huge integers and broken UTF-8
         reason = one_line(error)[:200]
         raise UserError(f"{path} is not valid JSON ({reason}): it was damaged; restore it from a copy") from None

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from pipeline.claim import is_held
 from pipeline.commit import file_sha256, read_json
 from pipeline.errors import UserError
 from pipeline.fields import Fields
-from pipeline.manifest import Manifest
+from pipeline.manifest import MANIFEST, Manifest
 from pipeline.schema import HELDOUT_UNIT, unit_name
-from pipeline.teacher_folder import TeacherFolder
+from pipeline.teacher_folder import TeacherFolder, local_teacher
 
 SHARD_NAME = re.compile(r"(shard|heldout)-\d{5,}")
+MOST_MISSING = 100_000
+"""Missing shards that are named one by one."""
 OWN_FILES = re.compile(r"manifest\.json|plan\.json|index\.json|index-.*\.parquet|teacher|claims")
 MOST_PLAN_BYTES = 64 << 20
 """Bytes of plan.json: an index of 1.4 million frames or row groups, some 1.4 TB of text."""
@@ -64,7 +68,7 @@ def check_teacher(cache: Path, manifest: Manifest) -> list[Problem]:
             problems.append(
                 Problem("teacher/teacher.json", f"{name} is {value}, the manifest's {manifest.compat.get(name)}")
             )
-    return problems + (check_head(teacher) if whole else [])
+    return problems + (check_head(TeacherFolder(local_teacher(cache / "teacher"))) if whole else [])
 
 
 def check_head(teacher: TeacherFolder) -> list[Problem]:
@@ -130,18 +134,33 @@ def find_missing(cache: Path, units: set[int], shards: int | None) -> tuple[list
     Returns:
         Their names; problems, one each; notes instead for those that a live writer works on at this moment.
     """
-    train = {unit for unit in units if unit < HELDOUT_UNIT}
-    heldout = units - train
-    wanted = set(range(max(max(train, default=-1) + 1, shards or 0)))
-    wanted |= set(range(HELDOUT_UNIT, max(heldout, default=HELDOUT_UNIT - 1) + 1))
+    train = sorted(unit for unit in units if unit < HELDOUT_UNIT)
+    heldout = sorted(unit for unit in units if unit >= HELDOUT_UNIT)
+    gaps = list(_gaps(train, 0, shards or 0)) + list(_gaps(heldout, HELDOUT_UNIT, 0))
     missing, problems, notes = [], [], []
-    for name in map(unit_name, sorted(wanted - units)):
+    # One file called shard-999999999.json must not make a list of a billion.
+    for name in map(unit_name, islice(chain.from_iterable(gaps), MOST_MISSING)):
         if is_held(cache, name):
             notes.append(Problem(f"{name}.json", "is missing: a dump is writing this shard"))
         elif not (cache / f"{name}.json").is_file():  # committed since `units` were listed
             problems.append(Problem(f"{name}.json", "is missing: dump it to close the gap"))
             missing.append(name)
+    more = sum(map(len, gaps)) - MOST_MISSING
+    if more > 0:
+        problems.append(
+            Problem(MANIFEST, f"{more} more shards are missing: are names of shards as the dump made them?")
+        )
     return missing, problems, notes
+
+
+def _gaps(units: list[int], first: int, end: int) -> Iterator[range]:
+    """Ranges of units from `first` up to the last there is, or to `end`, that are not among `units` (ascending)."""
+    for unit in units:
+        if unit > first:
+            yield range(first, unit)
+        first = unit + 1
+    if end > first:
+        yield range(first, end)
 
 
 def shard_stems(cache: Path) -> list[str]:

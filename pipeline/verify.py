@@ -30,6 +30,7 @@ from pipeline.folder_checks import (
 from pipeline.manifest import MANIFEST, Manifest, read_manifest
 from pipeline.repair import Mode, Repair, repair_cache
 from pipeline.shard_checks import UnitCheck, check_unit
+from pipeline.store import sizes_in
 
 DESCRIPTION = (
     "Check a cache: every file against its sha256, every page against its checksum, every number against the data "
@@ -187,9 +188,8 @@ def check_units(
 
 def parquet_bytes(cache: Path, stems: list[str]) -> int:
     """Bytes there are to check, for the progress bar."""
-    wanted = {f"{stem}.parquet" for stem in stems}
-    with os.scandir(cache) as entries:
-        return sum(entry.stat().st_size for entry in entries if entry.name in wanted)
+    sizes = sizes_in(cache)
+    return sum(sizes.get(f"{stem}.parquet", 0) for stem in stems)
 
 
 def run(options: Options) -> int:

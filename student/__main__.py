@@ -8,6 +8,7 @@ The same command again goes on with the run, or says that it is finished.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 import warnings
@@ -30,7 +31,9 @@ from student.data import CacheDataModule
 from student.identity import Teaching, cache_record, require_same_teacher
 from student.initial import check_initial, load_initial
 from student.module import METRICS, DistillModule
+from student.ranks import OneRun, end_other_ranks, is_lost_rank, require_equal_shares, trainer_options
 from student.run_folder import MetricsCSV, check_same_settings, copy_teacher, open_data, save_settings, steps_done
+from student.sharding import ShardedStrategy
 
 TRAINER_DEFAULTS = {
     "accelerator": "auto",
@@ -95,8 +98,12 @@ class TrainCLI(LightningCLI):
         # What the bar shows must come from the device, and the host waits for it.
         every = 20 if torch.cuda.is_available() else 1
         display = TQDMProgressBar(refresh_rate=every, leave=True) if interactive else self.log_lines
+        kwargs |= trainer_options(given.get("devices", "auto"), given.get("num_nodes") or 1, os.environ)
+        if given.get("strategy") == "fsdp":
+            kwargs["strategy"] = ShardedStrategy()
         kwargs["enable_progress_bar"] = interactive
-        kwargs["callbacks"] = [*(given.get("callbacks") or []), checkpoints, display]
+        same = OneRun(run, self.resume_step, self.resolved)
+        kwargs["callbacks"] = [*(given.get("callbacks") or []), same, checkpoints, display]
         if given.get("logger") in (None, True):
             kwargs["logger"] = [
                 MetricsCSV(run / "metrics.csv", METRICS, self.resume_step),
@@ -137,6 +144,7 @@ class TrainCLI(LightningCLI):
     def train(self) -> int:
         """Run or go on; returns the exit status."""
         self.model.trainer, self.trainer.datamodule = self.trainer, self.datamodule  # type: ignore[attr-defined]
+        require_equal_shares(self.datamodule.batch_rows, self.trainer.num_devices * self.trainer.num_nodes)
         total = self.model.total_steps()
         self.log_lines.total_steps = total
         last = self.run_folder / "checkpoints" / LAST
@@ -159,7 +167,16 @@ class TrainCLI(LightningCLI):
                 "run the same command to go on",
                 file=sys.stderr,
             )
-            return 128 + interrupted.signal_number
+            # Another status of a rank would have Lightning kill the first one before it has ended.
+            return 128 + interrupted.signal_number if self.trainer.is_global_zero else 0
+        except BaseException as error:
+            end_other_ranks(self.trainer)
+            if is_lost_rank(error):
+                raise UserError(
+                    f"rank {self.trainer.global_rank} lost another rank, whose own message says why: when that is "
+                    "mended, run the same command again"
+                ) from None
+            raise
         best = self.run_folder / "checkpoints" / BEST
         lowest = f", lowest held-out cross-entropy in {best}" if best.is_file() else ""
         say(f"finished {total} steps: {last}{lowest}")

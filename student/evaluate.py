@@ -208,6 +208,10 @@ def measure(
 def load_teacher(options: EvaluateOptions, cache: Cache, device: torch.device) -> Callable[[Tensor], Tensor]:
     """The teacher through transformers in float32: ids (1, T) -> logits (T, V)."""
     source = options.teacher or cache.manifest.teacher_path
+    if options.teacher is None and not Path(source).is_dir():  # a stranger's manifest must not choose a download
+        raise UserError(
+            f"--full_kl: the manifest's teacher {source!r} is not here: name its folder or hub id with --teacher"
+        )
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -215,7 +219,8 @@ def load_teacher(options: EvaluateOptions, cache: Cache, device: torch.device) -
         raise UserError("--full_kl needs the package transformers: install it, or leave --full_kl out") from None
     logging.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        # Safetensors only: other weights are pickles.
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--full_kl: no teacher at {source!r} ({reason}): name its folder with --teacher") from None

@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.cache import SPLITS, Cache
 from pipeline.errors import UserError
 from pipeline.index import ShardEntries
+from pipeline.local_copies import LocalCopies
 from pipeline.manifest import differences, identity
 from pipeline.schema import HELDOUT_UNIT, unit_name
 
@@ -76,8 +77,8 @@ class RunCache(Cache):
     The list is taken once, so that a dump may go on beside the training.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path | str, copies: LocalCopies | None = None) -> None:
+        super().__init__(path, copies)
         self._entries = {split: super(RunCache, self).shards(split) for split in SPLITS}
 
     def shards(self, split: str = "train") -> ShardEntries:

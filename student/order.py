@@ -56,7 +56,8 @@ def group_order(groups: int, seed: int, epoch: int) -> np.ndarray:
 
 def epoch_rows(groups: RowGroups, seed: int, epoch: int, window: int, skip: int = 0) -> Iterator[tuple[int, int]]:
     """(group, row) of one epoch, every row once, from the one numbered `skip` on."""
-    for group_M, row_M in _blocks(groups, seed, epoch, window):
+    order = group_order(len(groups), seed, epoch)
+    for group_M, row_M in _blocks(groups, order, seed, epoch, window):
         if skip >= len(row_M):
             skip -= len(row_M)
             continue
@@ -64,10 +65,12 @@ def epoch_rows(groups: RowGroups, seed: int, epoch: int, window: int, skip: int 
         skip = 0
 
 
-def _blocks(groups: RowGroups, seed: int, epoch: int, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _blocks(
+    groups: RowGroups, order: np.ndarray, seed: int, epoch: int, window: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Groups (M,) and rows (M,) in order, a piece for each step of p."""
     place_M, group_M, row_M = np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for p, group in enumerate(group_order(len(groups), seed, epoch)):
+    for p, group in enumerate(order):
         count = groups.rows_of(int(group))
         places = p + np.random.default_rng([seed, epoch, 1 + p]).random(count) * window
         place_M = np.concatenate([place_M, places])

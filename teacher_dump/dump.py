@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 from pipeline.cache import Cache
 from pipeline.claim import clear_dead_claims
-from teacher_dump.gpus import engine_slots
+from pipeline.index import WORTH_WHILE
+from teacher_dump.engine import default_rows_per_step
+from teacher_dump.gpus import EngineSlot, engine_slots
+from teacher_dump.pending import Units, pending_units, wanted_units
 from teacher_dump.progress import DumpProgress
 from teacher_dump.settings import DumpConfig
 from teacher_dump.shard_loop import take_shards
-from teacher_dump.work import is_done, prepare, require_cache
+from teacher_dump.work import Work, prepare, require_cache
 from teacher_dump.workers import Workers
+
+log = logging.getLogger("teacher_dump")
 
 
 @dataclass(frozen=True)
@@ -28,32 +36,53 @@ class DumpResult:
     lost: tuple[str, ...] = ()  # a sentence each
 
 
+Engines = Callable[[Work, Units, DumpProgress], list[str]]
+"""Sees to it that units are committed; returns a sentence for every worker lost on the way."""
+
+
 def run_dump(config: DumpConfig) -> DumpResult:
     """Bring a cache to `config.shards` training shards and `config.heldout_shards` held-out ones.
 
     Raises:
-        UserError: see `engine_slots`, `prepare`, `take_shards` and `Workers.run`.
+        UserError: see `engine_slots`, `prepare`, `take_shards`, `Workers.run`, `connected` and `RayWorkers.run`.
     """
+    if not config.ray:
+        return _run(config, partial(_on_this_machine, engine_slots(config.gpus, config.engine.tensor_parallel)))
+    from teacher_dump.ray_cluster import EngineRoom, connected
+    from teacher_dump.ray_workers import RayWorkers
+
+    with connected(config.ray, log.info) as ray:
+        room = EngineRoom(ray, config.gpus, config.engine.tensor_parallel)
+        if not config.engine.rows_per_step:  # those of the cluster's devices; this machine may have none
+            rows = default_rows_per_step(config.length, room.on_gpu)
+            config = replace(config, engine=replace(config.engine, rows_per_step=rows))
+        return _run(config, lambda work, units, progress: RayWorkers(work, units, room, progress).run())
+
+
+def _run(config: DumpConfig, engines: Engines) -> DumpResult:
     started = time.monotonic()
-    slots = engine_slots(config.gpus, config.engine.tensor_parallel)
     work = prepare(config)
     clear_dead_claims(work.cache)
-    units = work.units()
-    pending = [unit for unit in units if not is_done(work, unit)]
+    units, pending = wanted_units(work), pending_units(work)
     tokens = len(pending) * config.tokens_per_shard
     progress = DumpProgress(work.teacher.name, len(units), tokens, len(units) - len(pending))
-    lost: list[str] = []
     try:
-        if len(slots) > 1 and len(pending) > 1:
-            lost = Workers(work, pending, slots[: len(pending)], progress).run()
-        else:
-            os.environ.update(slots[0].environment)
-            take_shards(work, pending, progress)
+        lost = engines(work, pending, progress)
     finally:
         progress.close()
         with contextlib.suppress(OSError):  # what failed before it is what is told
             clear_dead_claims(work.cache)  # of workers, or of dumps beside this one, that were killed meanwhile
     require_cache(work)
     cache = Cache(work.cache)
+    if len(progress.written) >= WORTH_WHILE:
+        cache.build_index()
     tokens = sum(int(cache.shards(split).tokens.sum()) for split in ("train", "heldout"))
     return DumpResult(len(progress.written), len(units), tokens, time.monotonic() - started, tuple(lost))
+
+
+def _on_this_machine(slots: list[EngineSlot], work: Work, pending: Units, progress: DumpProgress) -> list[str]:
+    if len(slots) > 1 and len(pending) > 1:
+        return Workers(work, pending, slots[: len(pending)], progress).run()
+    os.environ.update(slots[0].environment)
+    take_shards(work, pending, progress)
+    return []

@@ -9,6 +9,7 @@ Legend: T sequence length of the cache, L tokens of one row.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _CPU_TOKENS, _GPU_TOKENS = 2048, 32768
 """Tokens of a step where `rows_per_step` leaves the choice: enough to fill the device's matrix units."""
+STEPS_TO_SETTLE = 4
+"""At most two steps are under way; each may take a call to start and one to end."""
 _KV_PAGE = 256
 """Tokens; no smaller than the pages vLLM keeps keys and values in by default."""
 
@@ -54,11 +57,13 @@ class EngineOptions:
     """Keep vLLM's and transformers' notes and progress bars off the terminal; what failed is always shown."""
 
 
-def default_rows_per_step(length: int) -> int:
-    """Sequences of T tokens that fill an engine step of this machine."""
-    import torch
+def default_rows_per_step(length: int, on_gpu: bool | None = None) -> int:
+    """Sequences of T tokens that fill an engine step of a GPU or of a CPU; None: of this machine's."""
+    if on_gpu is None:
+        import torch
 
-    return max(1, (_GPU_TOKENS if torch.cuda.is_available() else _CPU_TOKENS) // length)
+        on_gpu = torch.cuda.is_available()
+    return max(1, (_GPU_TOKENS if on_gpu else _CPU_TOKENS) // length)
 
 
 def kv_cache_bytes(config: dict[str, Any], length: int, rows_per_step: int, tensor_parallel: int = 1) -> int:
@@ -158,6 +163,8 @@ class TeacherEngine:
             "dtype": options.dtype,
             "load_format": options.load_format,
             "tensor_parallel_size": options.tensor_parallel,
+            # Within a placement group of Ray vLLM would otherwise make Ray actors of its ranks.
+            "distributed_executor_backend": "mp" if options.tensor_parallel > 1 else None,
             "gpu_memory_utilization": options.gpu_memory_utilization,
             "enforce_eager": options.enforce_eager,
             "enable_prefix_caching": False,
@@ -223,9 +230,9 @@ class TeacherEngine:
                 self._drain(*waiting)
                 yield from self._collect(*waiting)
         finally:
+            if self._engine is not None and waiting and not self._settle():
+                self.close()
             if self._engine is not None:
-                if waiting:
-                    self._drain(*waiting)
                 self._engine.collective_rpc("capture_forget")
 
     def _steps(self, units: Iterable[tuple[int, Iterable[PackedRow]]]) -> Iterator[tuple[int, list[PackedRow]]]:
@@ -260,6 +267,17 @@ class TeacherEngine:
                 self._engine.step()
         except Exception as error:
             raise self._died(error, unit, step) from error
+
+    def _settle(self) -> bool:
+        """End what was started when nobody wants it any more; False if vLLM cannot: an interruption within its step
+        leaves requests that never finish."""
+        with contextlib.suppress(Exception):  # what ends the stream is told already
+            for _ in range(STEPS_TO_SETTLE):
+                if not self._engine.has_unfinished_requests():
+                    return True
+                self._engine.step()
+            return not self._engine.has_unfinished_requests()
+        return False
 
     def _died(self, error: Exception, unit: int, step: list[PackedRow]) -> Exception:
         self.close()

@@ -32,6 +32,7 @@ class DumpProgress:
         self.planned = tokens
         self.started = time.monotonic()
         self.by_others: dict[str, int] = {}
+        self.engines = 0
         self._waited_for = 0
         self._lock = threading.RLock()
         self.bar = tqdm(
@@ -45,10 +46,13 @@ class DumpProgress:
         self._describe()
 
     def _describe(self) -> None:
-        self.bar.set_description_str(f"shards {self.done}/{self.shards}", refresh=False)
+        self.bar.set_description_str(f"shards {self.done}/{self.shards}{self._engines()}", refresh=False)
         if self.finished_tokens:
             self.bar.set_postfix_str(f"{self.bytes / self.finished_tokens:.0f} B/tok", refresh=False)
         self.bar.refresh()
+
+    def _engines(self) -> str:
+        return f", {self.engines} worker{'s' * (self.engines > 1)}" if self.engines else ""
 
     def loading(self) -> None:
         self.say(f"loading teacher {self.teacher} in vLLM")
@@ -59,6 +63,12 @@ class DumpProgress:
         if not self.bar.disable:  # a bar that is off has no clock
             self.bar.unpause()
             self.bar.start_t = self.bar.last_print_t
+
+    def working(self, engines: int) -> None:
+        """So many engines of a cluster capture now."""
+        with self._lock:
+            self.engines = engines
+            self._describe()
 
     def claimed(self, name: str) -> None:
         pass
@@ -84,10 +94,11 @@ class DumpProgress:
                 rate = self.tokens / max(time.monotonic() - self.started, 1e-9)
                 left = max(self.planned - self.tokens, 0) / max(rate, 1e-9)
                 log.info(
-                    "%s committed (%d of %d): %d rows, %d tokens, %.0f B/token, %.0f tok/s, about %.0f s left",
+                    "%s committed (%d of %d%s): %d rows, %d tokens, %.0f B/token, %.0f tok/s, about %.0f s left",
                     record.name,
                     self.done,
                     self.shards,
+                    self._engines(),
                     record.rows,
                     record.tokens,
                     record.bytes / max(record.tokens, 1),

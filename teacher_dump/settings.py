@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,9 @@ class DumpConfig:
     """a hub id, a local Hugging Face folder, or embedded:smollm2-135m"""
     shards: int = 64
     """training shards the cache shall have; those that are there are kept"""
+    units: str = ""
+    """FIRST:END, to write only training shards FIRST to END - 1 of `shards` in this run, as a task of a job array does;
+    held-out shards belong to the run that begins with 0; empty: all"""
     heldout_shards: int = 1
     """held-out shards for evaluation, from documents that no training shard contains"""
     tokens_per_shard: int = 1_048_576
@@ -56,6 +60,9 @@ class DumpConfig:
     gpus: int = 0
     """GPUs of this machine to use, engine.tensor_parallel of them an engine, a process each; without a GPU so many
     engines share the cores; 0: one engine"""
+    ray: str = ""
+    """run on a Ray cluster: its address (host:port); auto for the one that RAY_ADDRESS names or that this machine is
+    part of (where there is none, Ray is started here); local to start Ray here; empty: without Ray"""
     engine: EngineOptions = field(default_factory=EngineOptions)
     """how vLLM runs the teacher"""
     data: Path = Path("data")
@@ -64,6 +71,22 @@ class DumpConfig:
     @property
     def rows_per_shard(self) -> int:
         return self.tokens_per_shard // self.length
+
+    def unit_range(self) -> range:
+        """The training units this run shall write.
+
+        Raises:
+            UserError: `units` is no range within `shards`.
+        """
+        if not self.units:
+            return range(self.shards)
+        match = re.fullmatch(r"(\d*):(\d*)", self.units)
+        if match is None:
+            raise UserError(f"--units {self.units}: must be FIRST:END, such as 0:64")
+        first, end = int(match[1] or 0), int(match[2] or self.shards)
+        if not first < end <= self.shards:
+            raise UserError(f"--units {self.units}: must be a part of 0:{self.shards} (--shards), and not empty")
+        return range(first, end)
 
     def check(self, facts: TeacherFacts) -> None:
         """Refuse settings that cannot work.
@@ -94,6 +117,7 @@ class DumpConfig:
             raise UserError(f"--taus {list(self.taus)}: must be in ascending order")
         if self.tail_samples and self.k == facts.vocab_size:
             raise UserError(f"--tail_samples {self.tail_samples}: with --k {self.k} there is no tail to draw from")
+        self.unit_range()
         spec = self.spec(facts)
         problem = spec.problem()
         if problem is not None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.claim import Claim, try_claim
 from pipeline.errors import UserError
@@ -23,6 +23,7 @@ from teacher_dump.engine import TeacherEngine
 from teacher_dump.packing import PackingCount, pack
 from teacher_dump.plan import Unit
 from teacher_dump.rows import PackedRow
+from teacher_dump.stop_signals import raise_if_stopped
 from teacher_dump.work import Work, is_done, require_cache
 from teacher_dump.writer import ShardWriter, ShardWriters
 
@@ -51,6 +52,10 @@ class Report(Protocol):
     def by_other(self, name: str, tokens: int) -> None:
         """A shard of so many tokens that was to be written has been written by another process."""
 
+
+class WaitingReport(Report, Protocol):
+    """The report of a loop that itself waits for others."""
+
     def wait(self, names: list[str], seconds: float) -> None:
         """Others hold all that is left: return when it is worth looking again, after `seconds` at the latest."""
 
@@ -64,35 +69,83 @@ class Job:
     writer: ShardWriter
 
 
-def take_shards(work: Work, units: list[Unit], report: Report) -> None:
+class ShardTaker:
+    """An engine and the writers of its shards; a context manager. Left, it waits until what was captured is committed;
+    left by an exception, it gives up what is not committed yet. The engine is closed in either case.
+
+    Args:
+        work: what `prepare` returned.
+        report: told what happens.
+        start: makes the engine.
+    """
+
+    def __init__(self, work: Work, report: Report, start: Callable[[Work], TeacherEngine] | None = None) -> None:
+        self._work, self._report, self._start = work, report, start or start_engine
+        self._writers = ShardWriters(GROUPS_HELD * work.spec.rows_per_group, report.committed)
+        self._engine: TeacherEngine | None = None
+        self._open = ExitStack()
+
+    def start(self) -> TeacherEngine:
+        """Start the engine unless it runs."""
+        if self._engine is None:
+            self._report.loading()
+            self._engine = self._start(self._work)
+            raise_if_stopped()
+            self._report.ready()
+        return self._engine
+
+    def take(self, units: Iterable[Unit], held_elsewhere: Callable[[Unit], None]) -> None:
+        """Capture the shards of `units` that nobody else has or wrote; they are read one ahead of the engine.
+
+        Args:
+            held_elsewhere: called for those that other processes hold.
+
+        Raises:
+            UserError: the teacher cannot run, or a unit has no text.
+        """
+        jobs = claimed_jobs(self._work, units, self._writers, self._report, held_elsewhere)
+        first = next(jobs, None)
+        if first is not None:
+            capture_jobs(self._work, self.start(), chain([first], jobs), self._report)
+
+    def settle(self) -> None:
+        """Until all that was captured is committed; raises what ended a writer."""
+        self._writers.wait()
+
+    def _close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+    def __enter__(self) -> ShardTaker:
+        self._open.callback(self._close)
+        self._open.enter_context(self._writers)
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._open.__exit__(*exc_info)
+
+
+def take_shards(work: Work, units: Sequence[Unit], report: WaitingReport) -> None:
     """See to it that every shard of `units` is committed, by this process or by others that share the work.
 
     Raises:
         UserError: the teacher cannot run, or a unit has no text; what was captured and not committed is given up.
     """
-    engine: TeacherEngine | None = None
-    try:
-        with ShardWriters(GROUPS_HELD * work.spec.rows_per_group, report.committed) as writers:
-            while units:
-                held_elsewhere: list[Unit] = []
-                jobs = claimed_jobs(work, units, writers, report, held_elsewhere)
-                if engine is None and (first := next(jobs, None)) is not None:
-                    report.loading()
-                    engine = start_engine(work)
-                    report.ready()
-                    jobs = chain([first], jobs)
-                if engine is not None:
-                    capture_jobs(work, engine, jobs, report)
-                if held_elsewhere:
-                    report.wait([unit_name(unit.unit) for unit in held_elsewhere], WAIT_SECONDS)
-                units = held_elsewhere
-    finally:
-        if engine is not None:
-            engine.close()
+    with ShardTaker(work, report) as taker:
+        while units:
+            held_elsewhere: list[Unit] = []
+            taker.take(units, held_elsewhere.append)
+            units = held_elsewhere
+            if units:
+                report.wait([unit_name(unit.unit) for unit in units], WAIT_SECONDS)
 
 
 def claimed_jobs(
-    work: Work, units: list[Unit], writers: ShardWriters, report: Report, held_elsewhere: list[Unit]
+    work: Work,
+    units: Iterable[Unit],
+    writers: ShardWriters,
+    report: Report,
+    held_elsewhere: Callable[[Unit], None],
 ) -> Iterator[Job]:
     """Claim what is neither committed nor claimed by others, one unit at a time as it is asked for."""
     for unit in units:
@@ -103,7 +156,7 @@ def claimed_jobs(
             continue
         claim = try_claim(work.cache, unit_name(unit.unit))
         if claim is None:
-            held_elsewhere.append(unit)
+            held_elsewhere(unit)
             continue
         with ExitStack() as held:
             held.enter_context(claim)
@@ -200,6 +253,7 @@ def open_shard(work: Work, unit: Unit, claim: Claim, writers: ShardWriters, coun
     identities = {"compat_id": work.manifest.compat_id, "data_id": work.manifest.data_id}
 
     def describe() -> dict[str, object]:
+        claim.check()
         return {
             "split": unit.split,
             "rows": statistics.rows,
@@ -218,6 +272,7 @@ def open_shard(work: Work, unit: Unit, claim: Claim, writers: ShardWriters, coun
         for columns in row_groups(work.spec, unit.unit, writer.rows(), statistics):
             yield columns
             writer.encoded(len(columns["length"]))
+        claim.check()
 
     def write(writer: ShardWriter) -> ShardRecord:
         shard_metadata = {"split": unit.split, **identities, "teacher": work.teacher.name}

@@ -30,11 +30,6 @@ class Work:
     spec: CacheSpec
     cache: Path
 
-    def units(self) -> list[Unit]:
-        """All units the cache shall have, held-out ones first."""
-        heldout = [self.plan.unit(i, "heldout") for i in range(self.config.heldout_shards)]
-        return heldout + [self.plan.unit(i, "train") for i in range(self.config.shards)]
-
 
 def prepare(config: DumpConfig) -> Work:
     """Check everything that can be checked without the engine, and write teacher folder, plan and manifest.

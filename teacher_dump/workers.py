@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -28,14 +28,13 @@ from teacher_dump.gpus import EngineSlot
 from teacher_dump.plan import Unit
 from teacher_dump.progress import DumpProgress
 from teacher_dump.shard_loop import take_shards
+from teacher_dump.stop_signals import interrupt_on_sigterm, no_more
 from teacher_dump.work import Work
 
 POLL_SECONDS = 0.5
 """How often the driver looks whether its workers live."""
 SEND_SECONDS = 0.2
 """How often a worker tells how many tokens it has captured."""
-AGAIN_SECONDS = 6
-"""After which a worker interrupts itself again: what is being imported may have caught the first time."""
 STOP_SECONDS = 20.0
 """What a worker that is told to stop may take to leave nothing half done."""
 
@@ -88,34 +87,22 @@ class PipeReport:
             self._connection.recv()
 
 
-def worker_main(work: Work, units: list[Unit], connection: Connection) -> None:
+def worker_main(work: Work, units: Sequence[Unit], connection: Connection) -> None:
     """Body of a worker process. Exit status 1: it has sent why."""
-    _stop_on_sigterm()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
+    interrupt_on_sigterm(repeat=True)
     threading.Thread(target=_end_with_driver, name="driver-watch", daemon=True).start()
     report = PipeReport(connection)
     try:
         take_shards(work, units, report)
     except (KeyboardInterrupt, BrokenPipeError):
-        signal.alarm(0)
+        no_more()
         sys.exit(130)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            report.send("failed", *_told(error))
+            report.send("failed", *told(error))
         sys.exit(1)
     os._exit(0)  # all is committed and the engine closed: tearing down vLLM and torch would only cost seconds
-
-
-def _stop_on_sigterm() -> None:
-    """SIGTERM is what Ctrl-C is elsewhere; Ctrl-C itself is the driver's business."""
-
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.alarm(AGAIN_SECONDS)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGALRM, stop)
 
 
 def _end_with_driver() -> None:
@@ -127,7 +114,7 @@ def _end_with_driver() -> None:
     os._exit(1)
 
 
-def _told(error: BaseException) -> tuple[str, str]:
+def told(error: BaseException) -> tuple[str, str]:
     """What a person is told of an exception, and its traceback where the program is to blame."""
     if isinstance(error, UserError):
         return str(error), ""
@@ -162,7 +149,7 @@ class Workers:
         progress: is told of all of them together.
     """
 
-    def __init__(self, work: Work, units: list[Unit], slots: list[EngineSlot], progress: DumpProgress) -> None:
+    def __init__(self, work: Work, units: Sequence[Unit], slots: list[EngineSlot], progress: DumpProgress) -> None:
         self.work, self.units, self.slots, self.progress = work, units, slots, progress
         self.workers: list[Worker] = []
         self._news = 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from chaos import faults
+
 from pipeline.errors import UserError
 from teacher_dump.engine import EngineOptions, TeacherEngine, TeacherEngineError
 from teacher_dump.vllm_process import StartLog

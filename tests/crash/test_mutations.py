@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from chaos import mutations
 
 pytestmark = pytest.mark.timeout(300)

@@ -157,15 +157,15 @@ def test_slower_clearer_leaves_the_claim_of_the_faster(tmp_path: Path, monkeypat
     path.write_text(json.dumps(dead))
     set_age(path, 2 * EXPIRY_SECONDS)
     faster: list[Claim] = []
-    real = claims._take_away
+    real = claims.take_away
 
     def between(path: Path, holder: dict[str, object]) -> bool:
         if not faster:
-            monkeypatch.setattr(claims, "_take_away", real)
+            monkeypatch.setattr(claims, "take_away", real)
             faster.append(held(try_claim(tmp_path, "shard-00000")))
         return real(path, holder)
 
-    monkeypatch.setattr(claims, "_take_away", between)
+    monkeypatch.setattr(claims, "take_away", between)
     assert try_claim(tmp_path, "shard-00000") is None
     assert json.loads(path.read_text())["id"] == faster[0].id
     faster[0].release()

@@ -32,6 +32,7 @@ from student.identity import RunCache
 from teacher_dump.columns import ShardStatistics, row_groups
 from teacher_dump.corpus import CorpusConfig, Document, describe_corpus
 from teacher_dump.packing import PackingCount, pack
+from teacher_dump.pending import wanted_units
 from teacher_dump.plan import Plan, Unit, make_plan
 from teacher_dump.rows import CapturedRow, PackedRow
 from teacher_dump.settings import DumpConfig
@@ -140,7 +141,7 @@ def assert_same_value(found: Any, wanted: Any, name: str) -> None:
     assert (found.astype(wanted.dtype) == wanted).all(), name
 
 
-@settings(THOROUGH, max_examples=120)
+@settings(THOROUGH, max_examples=250)
 @given(
     specs(),
     st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 1)), min_size=1, max_size=3),
@@ -296,7 +297,7 @@ def test_unit_i_is_the_same_whatever_the_number_of_shards(few: int, many: int, h
     def units(shards: int, heldout: int) -> dict[int, Unit]:
         config = DumpConfig(CorpusConfig("x"), Path("c"), shards=shards, heldout_shards=heldout)
         missing: Any = None
-        found = Work(config, missing, plan, missing, missing, Path("c")).units()
+        found = list(wanted_units(Work(config, missing, plan, missing, missing, Path("c"))))
         assert len({unit.unit for unit in found}) == len(found) == shards + heldout
         return {unit.unit: unit for unit in found}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,6 +178,20 @@ def test_a_shard_with_fewer_rows_than_the_run_was_started_on_is_refused(here: Pa
     commit_toy_shard(here / "cache", read_manifest(here / "cache"), 1, 5)
     with pytest.raises(UserError, match=r"shard-00001\.json holds 5 rows, .*/run was started on 8"):
         train(here / "cache", here / "run")
+
+
+def test_every_rank_reads_what_the_first_one_found(tmp_path: Path) -> None:
+    """A dump commits a shard between the starts of two ranks."""
+    path = write_cache(tmp_path / "cache")
+    first = CacheDataModule(str(path), batch_rows=4)
+    grow(path, 3, 4)
+    second = CacheDataModule(str(path), batch_rows=4)
+    assert (first.steps_per_epoch, second.steps_per_epoch) == (6, 8)
+    sent = [cache.ranges() for cache in first.caches]
+    strategy = SimpleNamespace(broadcast=lambda own: sent)
+    second.trainer = SimpleNamespace(world_size=2, global_rank=1, strategy=strategy)  # type: ignore[assignment]
+    second.setup("fit")
+    assert second.steps_per_epoch == 6 and len(second.train_dataloader()) == 6
 
 
 def test_ranges_are_compact(tmp_path: Path) -> None:

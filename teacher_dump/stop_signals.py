@@ -1,0 +1,44 @@
+"""SIGTERM does what Ctrl-C does: a scheduler wants the machine back, or a driver ends its workers.
+
+What is being imported when the signal comes may catch the exception: a worker raises it again and again, a dump in its
+own process looks once its engine has started.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+AGAIN_SECONDS = 6
+_came = False
+
+
+def interrupt_on_sigterm(repeat: bool = False) -> None:
+    """Raise KeyboardInterrupt in the main thread on SIGTERM.
+
+    Args:
+        repeat: again every `AGAIN_SECONDS`, until `no_more`.
+    """
+
+    def stop(*_: Any) -> None:
+        global _came
+        _came = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if repeat:
+            signal.alarm(AGAIN_SECONDS)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    if repeat:
+        signal.signal(signal.SIGALRM, stop)
+
+
+def no_more() -> None:
+    """The interrupt has arrived: do not repeat it."""
+    signal.alarm(0)
+
+
+def raise_if_stopped() -> None:
+    """Raise KeyboardInterrupt if SIGTERM came at any time before."""
+    if _came:
+        raise KeyboardInterrupt
