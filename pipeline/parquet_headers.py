@@ -332,7 +332,7 @@ def pages(read_at: ReadAt, chunk: Chunk) -> Iterator[Page]:
         type_, uncompressed, compressed = need(record, "type", "uncompressed", "compressed")
         position += size
         if uncompressed < 0 or not 0 <= compressed <= end - position:
-            raise Malformed(f"a page of {compressed} bytes where {end - position} are left")
+            raise Malformed(f"a page of {compressed} bytes ({uncompressed} unpacked) where {end - position} are left")
         position += compressed
         if type_ == INDEX_PAGE:
             continue
