@@ -31,7 +31,7 @@ from student.data import CacheDataModule
 from student.identity import Teaching, cache_record, require_same_teacher
 from student.initial import check_initial, load_initial
 from student.module import METRICS, DistillModule
-from student.ranks import OneRun, require_equal_shares, trainer_options
+from student.ranks import OneRun, end_other_ranks, is_lost_rank, require_equal_shares, trainer_options
 from student.run_folder import MetricsCSV, check_same_settings, copy_teacher, open_data, save_settings, steps_done
 from student.sharding import ShardedStrategy
 
@@ -167,7 +167,16 @@ class TrainCLI(LightningCLI):
                 "run the same command to go on",
                 file=sys.stderr,
             )
-            return 128 + interrupted.signal_number
+            # Another status of a rank would have Lightning kill the first one before it has ended.
+            return 128 + interrupted.signal_number if self.trainer.is_global_zero else 0
+        except BaseException as error:
+            end_other_ranks(self.trainer)
+            if is_lost_rank(error):
+                raise UserError(
+                    f"rank {self.trainer.global_rank} lost another rank, whose own message says why: when that is "
+                    "mended, run the same command again"
+                ) from None
+            raise
         best = self.run_folder / "checkpoints" / BEST
         lowest = f", lowest held-out cross-entropy in {best}" if best.is_file() else ""
         say(f"finished {total} steps: {last}{lowest}")

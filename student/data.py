@@ -6,7 +6,9 @@ of ranks nor of threads enters; a rank takes its rows of every global batch.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from student.order import RowGroups, epoch_rows
 from student.ranks import require_equal_shares, share_of
 
 PREFETCH_BATCHES = 4
+GROUPS_AHEAD = 5
+"""So many row groups' worth of rows are looked ahead in the order, for what to decode next."""
 
 
 class TrainLoader:
@@ -42,7 +46,11 @@ class TrainLoader:
     ) -> None:
         self.batch_rows, self.seed, self.window, self.rank, self.ranks = batch_rows, seed, window, rank, ranks
         self.groups = [RowGroups(cache.shards("train"), cache.spec.rows_per_group) for cache in caches]
-        self.readers = [GroupReader(c, g, window + 1) for c, g in zip(caches, self.groups, strict=True)]
+        spans = [-(-batch_rows // groups.size) for groups in self.groups]  # groups that a batch's rows come and go in
+        self.ahead = [GROUPS_AHEAD * groups.size // batch_rows + 1 for groups in self.groups]
+        self.readers = [
+            GroupReader(c, g, window + 1 + span) for c, g, span in zip(caches, self.groups, spans, strict=True)
+        ]
         self.batches = [groups.rows // batch_rows for groups in self.groups]
         self.epoch = 0
         self.done = 0
@@ -62,8 +70,8 @@ class TrainLoader:
         np.random.default_rng([self.seed, epoch, 2**31]).shuffle(turns)
         done = np.bincount(turns[:skip], minlength=len(self.batches)) * self.batch_rows
         streams = [
-            epoch_rows(groups, self.seed, epoch, self.window, int(rows), reader.will_need)
-            for groups, rows, reader in zip(self.groups, done, self.readers, strict=True)
+            epoch_rows(groups, self.seed, epoch, self.window, int(rows))
+            for groups, rows in zip(self.groups, done, strict=True)
         ]
         for cache in turns[skip:].tolist():
             yield cache, [next(streams[cache]) for _ in range(self.batch_rows)]
@@ -75,8 +83,14 @@ class TrainLoader:
         on_gpu = torch.cuda.is_available()
 
         def make() -> Iterator[Batch]:
-            for cache, rows in self.plan(epoch, skip):
-                batch = self.readers[cache].batch(share_of(rows, self.rank, self.ranks))
+            shares = ((cache, share_of(rows, self.rank, self.ranks)) for cache, rows in self.plan(epoch, skip))
+            upcoming = deque(islice(shares, max(self.ahead)))
+            while upcoming:
+                for cache, reader in enumerate(self.readers):
+                    reader.will_need(dict.fromkeys(group for c, rows in upcoming if c == cache for group, _ in rows))
+                cache, rows = upcoming.popleft()
+                upcoming.extend(islice(shares, 1))
+                batch = self.readers[cache].batch(rows)
                 yield batch.pin_memory() if on_gpu else batch
 
         for batch in ahead(make, PREFETCH_BATCHES):

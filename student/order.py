@@ -9,14 +9,11 @@ Legend: N shards, S row groups, p a group's place in the shuffled order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from pipeline.index import ShardEntries, ShardEntry
-
-AHEAD = 5
-"""Groups that `epoch_rows` tells of: the next one and those after it."""
 
 
 class RowGroups:
@@ -57,26 +54,13 @@ def group_order(groups: int, seed: int, epoch: int) -> np.ndarray:
     return numbers
 
 
-def epoch_rows(
-    groups: RowGroups,
-    seed: int,
-    epoch: int,
-    window: int,
-    skip: int = 0,
-    opening: Callable[[list[int]], None] | None = None,
-) -> Iterator[tuple[int, int]]:
-    """(group, row) of one epoch, every row once, from the one numbered `skip` on.
-
-    Args:
-        opening: is told, before rows of a further group can come, which one it is and which follow it.
-    """
+def epoch_rows(groups: RowGroups, seed: int, epoch: int, window: int, skip: int = 0) -> Iterator[tuple[int, int]]:
+    """(group, row) of one epoch, every row once, from the one numbered `skip` on."""
     order = group_order(len(groups), seed, epoch)
-    for p, (group_M, row_M) in enumerate(_blocks(groups, order, seed, epoch, window)):
+    for group_M, row_M in _blocks(groups, order, seed, epoch, window):
         if skip >= len(row_M):
             skip -= len(row_M)
             continue
-        if opening is not None:
-            opening(order[p : p + AHEAD].tolist())
         yield from zip(group_M[skip:].tolist(), row_M[skip:].tolist(), strict=True)
         skip = 0
 

@@ -121,6 +121,18 @@ def over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error only says that another rank is gone."""
+    of_backend = isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+    return isinstance(error, RuntimeError) and of_backend
+
+
+def end_other_ranks(trainer: Trainer) -> None:
+    """End the ranks that this process started: without it they would wait for it. They write nothing themselves."""
+    for process in getattr(trainer.strategy.launcher, "procs", []):
+        process.kill()
+
+
 class OneRun(Callback):
     """Before training: all ranks see the first one's run folder, and begin at the same step with the same settings.
 
