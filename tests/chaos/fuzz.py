@@ -174,13 +174,14 @@ class Trial:
         self.subject, self.seed = subject, seed
         self._limited = 0
         self._resident = 0
+        self._pools = [pa.default_memory_pool()]
 
     def __call__(self, number: int) -> Answer:
         if self._limited != os.getpid():
             self._limit()
         signal.alarm(LIMIT_SECONDS)
         outcome, right = self.outcome(number)
-        pool = pa.default_memory_pool().max_memory()
+        pool = self._pools[-1].max_memory()
         growth = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._resident
         if right and pool > MOST_POOL_BYTES:
             outcome, right = f"Arrow held {pool} bytes", False
@@ -210,6 +211,9 @@ class Trial:
     def _limit(self) -> None:
         self._limited = os.getpid()
         self._resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # One that has seen nothing yet; those before stay, for memory may still be theirs.
+        self._pools.append(pa.proxy_memory_pool(self._pools[0]))
+        pa.set_memory_pool(self._pools[-1])
         checked_parquet.MOST_TOKEN_BYTES, corpus_parquet.MOST_PAGE_BYTES = SMALL_TOKENS, SMALL_PAGES
         with open("/proc/self/statm") as file:
             now = int(file.read().split()[0]) * resource.getpagesize()
