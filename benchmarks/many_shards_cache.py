@@ -1,8 +1,8 @@
 """A cache of very many shards on disk, without what a teacher would have to say: for measuring what their number costs.
 
-Every shard has a JSON of its own, as a dump commits it, and a Parquet file with as many row groups and columns as a
-real one, but of one row a group, all zero. Since the Parquet files are alike they are hard links, 60,000 to a file:
-two directory entries a shard, as in a real cache, without the bytes.
+Every shard has a JSON of its own, as a dump commits it, and a Parquet file with as many rows, row groups and columns
+as a real one, but of K = 1 and all zero. Since the Parquet files are alike they are hard links, 60,000 to a file: two
+directory entries a shard, as in a real cache, without the bytes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pipeline.shard import Columns, footer_sha256, write_parquet
 SPEC = CacheSpec(
     length=2048,
     vocab_size=151_936,
-    k=64,
+    k=1,
     taus=(1.0, 1.2, 1.5, 2.0),
-    block=64,
-    groups=6,
+    block=1024,
+    groups=1,
     window=0,
     width=1536,
     tail_samples=0,
@@ -60,10 +60,13 @@ def make_many_shards(path: Path, shards: int) -> None:
     rng = np.random.default_rng(0)
     for unit in range(shards):
         name = unit_name(unit)
-        if unit % LINKS == 0:
-            source.unlink(missing_ok=True)
+        if unit == 0:
             write_parquet(source, SPEC, {"split": "train", **identities, "teacher": "none"}, zeros())
             digests = {"bytes": source.stat().st_size, "footer_sha256": footer_sha256(source)}
+        elif unit % LINKS == 0:
+            data = source.read_bytes()
+            source.unlink()
+            source.write_bytes(data)
         os.link(source, path / f"{name}.parquet")
         record = {
             "unit": unit,
@@ -101,16 +104,17 @@ def manifest_of(path: Path) -> Manifest:
 
 
 def zeros() -> list[Columns]:
-    """As many row groups as a shard of TOKENS_PER_SHARD has, each of a single row."""
-    row: Columns = {
-        "sequence_id": np.zeros(1, np.int64),
-        "length": np.full(1, SPEC.length, np.int32),
-        "next_id": np.zeros(1, np.int32),
-        "doc_ids": [["none"]],
+    """The row groups of a shard of TOKENS_PER_SHARD."""
+    rows = SPEC.rows_per_group
+    group: Columns = {
+        "sequence_id": np.zeros(rows, np.int64),
+        "length": np.full(rows, SPEC.length, np.int32),
+        "next_id": np.zeros(rows, np.int32),
+        "doc_ids": [["none"]] * rows,
     }
     for name, shape in SPEC.shapes().items():
-        row[name] = np.zeros((1, *shape), SPEC.value_type(name).to_pandas_dtype())
-    return [row] * (TOKENS_PER_SHARD // SPEC.length // SPEC.rows_per_group)
+        group[name] = np.zeros((rows, *shape), SPEC.value_type(name).to_pandas_dtype())
+    return [group] * (TOKENS_PER_SHARD // SPEC.length // rows)
 
 
 def json_bytes(record: dict[str, Any]) -> bytes:
