@@ -262,7 +262,10 @@ def read_token_bytes(path: Path, vocab_size: int) -> list[bytes]:
             ids += table.column("token_id").to_pylist()
             for chunk in table.column("bytes").chunks:
                 known = [value or b"" for value in chunk.dictionary.to_pylist()]
-                values += [b"" if index is None else known[index] for index in chunk.indices.to_pylist()]
+                indices = chunk.indices.to_pylist()
+                if not all(index is None or 0 <= index < len(known) for index in indices):  # Arrow does not look
+                    raise Malformed(f"its dictionary has {len(known)} values, a row asks for another")
+                values += [b"" if index is None else known[index] for index in indices]
         if ids != list(range(vocab_size)):
             raise Malformed(f"its ids are not 0 to {vocab_size - 1} in order")
         if sum(map(len, values)) > MOST_TOKEN_BYTES:

@@ -13,12 +13,13 @@ import os
 import re
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.commit import machine, machine_digest, new_claim_id
+from pipeline.commit import machine, machine_digest, new_claim_id, temporary_path
 from pipeline.errors import UserError, named
-from pipeline.store import is_remote
+from pipeline.store import is_remote, names_in
 
 EXPIRY_SECONDS = 600.0
 REFRESH_SECONDS = 30.0
@@ -134,9 +135,15 @@ def clear_if_dead(path: Path, cache: Path) -> bool:
     except FileNotFoundError:
         return True
     if holder.get("id"):  # checked: it must not lead to other files
-        for leftover in cache.glob(f"**/.*.{holder['id']}.tmp"):
-            leftover.unlink(missing_ok=True)
+        remove_temporaries(cache, path.stem, holder["id"])
     return take_away(path, holder)
+
+
+def remove_temporaries(cache: Path, name: str, claim: str) -> None:
+    """Remove what a writer that is gone left of the shard it worked on."""
+    for ending in ("parquet", "json"):
+        with contextlib.suppress(OSError):
+            temporary_path(cache / f"{name}.{ending}", claim).unlink(missing_ok=True)
 
 
 def is_held(cache: Path, name: str) -> bool:
@@ -196,7 +203,7 @@ def _clear_unclaimed(cache: Path) -> None:
     for path in (cache / "claims").glob("*.json"):
         with contextlib.suppress(FileNotFoundError):
             held.add(_read(path).get("id"))
-    for path in cache.glob("**/.*.tmp"):
+    for path in _temporaries(cache):
         match = TEMPORARY.search(path.name)
         if match is None or match["id"] in held:
             continue
@@ -207,6 +214,13 @@ def _clear_unclaimed(cache: Path) -> None:
                 dead = time.time() - path.stat().st_mtime > EXPIRY_SECONDS
             if dead:
                 path.unlink()
+
+
+def _temporaries(cache: Path) -> Iterator[Path]:
+    """Temporaries in the folders that writers write in."""
+    for folder in (cache, cache / "teacher", cache / "claims"):
+        if folder.is_dir():
+            yield from (folder / name for name in names_in(folder) if name.startswith(".") and name.endswith(".tmp"))
 
 
 def holder_record(claim_id: str) -> dict[str, Any]:

@@ -15,12 +15,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from pipeline.commit import CHUNK_BYTES
+from pipeline.parquet_headers import MOST_HEADER
+from pipeline.thrift import I32, CutShort, Layout, Malformed, Reader
 
-COMPRESSED_SIZE, CRC = 3, 4
-"""Numbers of a page header's fields that matter here."""
-STOP, TRUE, FALSE, BYTE, INTEGERS, DOUBLE, BINARY, SEQUENCES, MAP, STRUCT = 0, 1, 2, 3, (4, 5, 6), 7, 8, (9, 10), 11, 12
-DEEPEST = 8
-"""A page header's structures nest three deep; more is damage."""
+HEADER: Layout = {3: ("size", I32), 4: ("crc", I32)}
+"""The fields of a page header that matter here."""
 
 
 @dataclass
@@ -104,10 +103,11 @@ def _pages(data: memoryview) -> Iterator[None]:
     at = number = 0
     while at < len(data):
         try:
-            header, at = _structure(data, at)
-        except IndexError:
-            raise BadPage(f"the header of page {number} is damaged") from None
-        size, crc = header.get(COMPRESSED_SIZE), header.get(CRC)
+            header, length = _header(data, at)
+        except Malformed as error:
+            raise BadPage(f"the header of page {number} is damaged: {error}") from None
+        at += length
+        size, crc = header.get("size"), header.get("crc")
         if size is None or size < 0 or at + size > len(data):
             raise BadPage(f"the header of page {number} is damaged")
         if crc is None:
@@ -119,68 +119,12 @@ def _pages(data: memoryview) -> Iterator[None]:
         yield
 
 
-def _structure(data: memoryview, at: int, depth: int = 0) -> tuple[dict[int, int], int]:
-    """Integer fields of the structure at `at`, by number, and where it ends; raises IndexError if it is none."""
-    if depth > DEEPEST:
-        raise IndexError
-    fields: dict[int, int] = {}
-    number = 0
-    while (first := data[at]) != STOP:
-        at += 1
-        kind, step = first & 15, first >> 4
-        if step:
-            number += step
-        else:
-            number, at = _integer(data, at)
-        if kind in INTEGERS:
-            fields[number], at = _integer(data, at)
-        else:
-            at = _skip(data, at, kind, depth)
-    return fields, at + 1
-
-
-def _skip(data: memoryview, at: int, kind: int, depth: int) -> int:
-    """Where the value at `at` ends."""
-    if kind in (TRUE, FALSE):
-        return at
-    if kind == BYTE:
-        return at + 1
-    if kind in INTEGERS:
-        return _integer(data, at)[1]
-    if kind == DOUBLE:
-        return at + 8
-    if kind == BINARY:
-        size, at = _varint(data, at)
-        return at + size
-    if kind in SEQUENCES:
-        count, element = data[at] >> 4, data[at] & 15
-        at += 1
-        if count == 15:
-            count, at = _varint(data, at)
-        if count > len(data) - at:  # every element takes a byte
-            raise IndexError
-        for _ in range(count):
-            at = at + 1 if element in (TRUE, FALSE) else _skip(data, at, element, depth)
-        return at
-    if kind == STRUCT:
-        return _structure(data, at, depth + 1)[1]
-    raise IndexError  # maps do not occur in page headers
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise IndexError
-
-
-def _integer(data: memoryview, at: int) -> tuple[int, int]:
-    """A zigzag varint."""
-    value, at = _varint(data, at)
-    return value >> 1 ^ -(value & 1), at
+def _header(data: memoryview, at: int) -> tuple[dict[str, int], int]:
+    """A page header and its length."""
+    for most in (256, MOST_HEADER):  # few have as many bytes as the first
+        reader = Reader(bytes(data[at : at + most]))
+        try:
+            return reader.struct(HEADER), reader.position
+        except CutShort:
+            continue
+    raise Malformed("it does not end")

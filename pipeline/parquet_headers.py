@@ -88,7 +88,7 @@ class Column:
         values: values of a row, at most.
         exact: every row has exactly so many.
         encodings: of its data pages.
-        codec: its pages are compressed by, if at all; one of `CODECS`.
+        codec: its pages are compressed by; one of `CODECS`.
         most: bytes that all pages of a row group take uncompressed, at most; None: as its values and their width say.
         dictionary: it may have a dictionary page.
         checksums: its pages must have them.
@@ -159,7 +159,7 @@ def leaves_of(schema: list[dict[str, Any]]) -> list[Leaf]:
     found: list[Leaf] = []
     open_: list[list[int]] = []  # of the groups around: children to come, definition and repetition level
     for number, element in enumerate(schema):
-        need(element, "name")
+        _text(*need(element, "name"))
         _, definition, repetition = open_[-1] if open_ else [0, 0, 0]
         if number:
             if not open_:
@@ -182,6 +182,13 @@ def leaves_of(schema: list[dict[str, Any]]) -> list[Leaf]:
     return found
 
 
+def _text(name: bytes) -> None:
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        raise Malformed(f"the name {name[:40]!r} is no UTF-8") from None
+
+
 def check_place(chunk: dict[str, Any], leaf: Leaf) -> dict[str, Any]:
     """What every column chunk must have, whatever its file is for; returns its metadata.
 
@@ -193,6 +200,8 @@ def check_place(chunk: dict[str, Any], leaf: Leaf) -> dict[str, Any]:
         raise Malformed("its pages are in another file or encrypted")
     meta: dict[str, Any] = chunk["meta"]
     need(meta, "type", "encodings", "path", "codec", "values", "uncompressed", "compressed", "data_page")
+    for name in meta["path"]:
+        _text(name)
     if meta["type"] != leaf.type:
         raise Malformed(f"its type is {meta['type']}, the schema's {leaf.type}")
     sizes = meta.get("sizes", {})
@@ -295,7 +304,7 @@ def _check_chunk(chunk: dict[str, Any], column: Column, leaf: Leaf, rows: int) -
     codec, values, uncompressed, compressed, start = need(
         meta, "codec", "values", "uncompressed", "compressed", "data_page"
     )
-    if codec not in (CODECS["none"], CODECS[column.codec]):
+    if codec != CODECS[column.codec]:
         raise Malformed(f"it is compressed by codec {codec}, not by {column.codec}")
     most = rows * column.values
     if not (most if column.exact else rows) <= values <= most:

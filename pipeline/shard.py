@@ -295,7 +295,12 @@ class ShardFile:
                 numbers = chunk.flatten().to_numpy(zero_copy_only=True)
                 values[name] = numbers.reshape(len(chunk), *shapes[name])
             elif name == "doc_ids":
-                values[name] = chunk.to_pylist()
+                try:
+                    values[name] = chunk.to_pylist()
+                except UnicodeDecodeError as error:
+                    raise DamagedShard(
+                        f"{self.path}: row group {group}, column doc_ids: an id is no UTF-8 ({error}): dump it again"
+                    ) from None
             else:
                 values[name] = chunk.to_numpy(zero_copy_only=True)
         return values

@@ -265,5 +265,6 @@ def _is_text(kind: pa.DataType | None) -> bool:
 def _plain(column: pa.Array) -> pa.Array:
     """A dictionary's values in place of its indices, and views as plain texts."""
     if pa.types.is_dictionary(column.type):
+        column.validate(full=True)  # indices come as they stand in the file
         column = column.dictionary_decode()
     return column.cast(pa.large_string()) if column.type == pa.string_view() else column

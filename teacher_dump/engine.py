@@ -290,7 +290,7 @@ class TeacherEngine:
         if taken is None or sorted(taken.rows) != sorted(rows):
             raise TeacherEngineError(
                 f"vLLM ran rows {taken.rows if taken else []} of unit {unit} as one step, not {list(rows)}: the "
-                "teacher's keys and values need more memory than was reserved; lower rows_per_step"
+                "teacher's keys and values need more memory than was reserved; lower engine.rows_per_step"
             )
         finite_N = np.isfinite(taken.arrays["lse"])
         spans = {row: slice(*taken.starts[at : at + 2]) for at, row in enumerate(taken.rows)}
@@ -307,11 +307,22 @@ class TeacherEngine:
         if isinstance(error, UserError):
             return error
         said = next((line for line in str(error).splitlines() if line.strip()), "").strip()
-        text = f"{what}: {type(error).__name__}: {said}"
-        if "OutOfMemory" in type(error).__name__ or "out of memory" in said.lower() or "Free memory" in said:
-            return UserError(f"{text}: lower rows_per_step, or free the device's memory")
+        text = f"{what}: {type(error).__name__}: {said.rstrip('.')}"
+        if "Free memory" in said:
+            return UserError(
+                f"{text}: free the device's memory, or lower engine.gpu_memory_utilization "
+                f"(now {self.options.gpu_memory_utilization})"
+            )
+        if _is_out_of_memory(error, said):
+            return UserError(
+                f"{text}: free the device's memory, or lower engine.rows_per_step (now {self._rows()}), which needs a "
+                "cache of its own (CACHE=..., --cache): the rows of a step are part of what a cache is"
+            )
         noted = self._log.tail()
         return TeacherEngineError(f"{text}\nvLLM's last words:\n{noted}" if noted else text)
+
+    def _rows(self) -> int:
+        return self.options.rows_per_step or default_rows_per_step(self.length)
 
     def close(self) -> None:
         """Stop the engine and free its memory; the object is of no use afterwards."""
@@ -363,3 +374,10 @@ def _row_of(step: CapturedStep, at: int, span: slice, packed: PackedRow) -> Capt
         tail_ids_LM=of_tokens("tail_ids"),
         tail_logits_LM=of_tokens("tail_logits"),
     )
+
+
+def _is_out_of_memory(error: Exception, said: str) -> bool:
+    """Whether a device's memory, or the machine's, was not enough."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    phrases = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc")
+    return bool(kinds & {"OutOfMemoryError", "MemoryError"}) or any(phrase in said.lower() for phrase in phrases)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ log = logging.getLogger("teacher_dump.ray")
 AUTO, LOCAL = "auto", "local"
 STORE_BYTES = 100 << 20
 """Of Ray's object store where Ray is started here: rows never pass through it."""
+REACH_SECONDS = 10.0
 LOST_NODE_SECONDS = 2.5 * REFRESH_SECONDS
 """A claim held on a node that Ray calls dead must not have been refreshed for so long: the node may only be cut off."""
 
@@ -72,19 +74,18 @@ def connected(option: str, say: Callable[[str], None]) -> Iterator[Any]:
             "or hand it in with `ray job submit`"
         )
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    here: dict[str, Any] = {"include_dashboard": False, "object_store_memory": STORE_BYTES, "num_cpus": _own_threads()}
     _hush(ray)
     try:
-        if option == LOCAL:
-            ray.init(address=LOCAL, **quiet, **here)
-        elif option == AUTO and not os.environ.get("RAY_ADDRESS"):
-            try:
-                ray.init(address=AUTO, **quiet)
-            except ConnectionError:
-                say("no Ray cluster runs on this machine and RAY_ADDRESS is not set: Ray is started here alone")
-                ray.init(address=LOCAL, **quiet, **here)
+        address = _cluster_here() if option == AUTO else option
+        if address is None:
+            say("no Ray cluster runs on this machine and RAY_ADDRESS is not set: Ray is started here alone")
+            address = LOCAL
+        if address == LOCAL:
+            quiet |= {"include_dashboard": False, "object_store_memory": STORE_BYTES, "num_cpus": _own_threads()}
+            quiet |= {"_node_ip_address": "127.0.0.1"}  # nobody else needs to reach it
         else:
-            ray.init(address=option, **quiet)
+            _reach(address)
+        ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         named = f" (RAY_ADDRESS is {os.environ.get('RAY_ADDRESS')})" if option == AUTO else ""
         raise UserError(
@@ -96,6 +97,39 @@ def connected(option: str, say: Callable[[str], None]) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _cluster_here() -> str | None:
+    """The address that RAY_ADDRESS names, else that of the cluster this machine is part of; None: there is none.
+
+    Raises:
+        ConnectionError: there are several.
+    """
+    if named := os.environ.get("RAY_ADDRESS"):
+        return named
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
+    try:
+        address = canonicalize_bootstrap_address_or_die(AUTO)
+        _reach(address)  # Ray remembers the last one that was started here, even when it is gone
+    except OSError as error:
+        if "multiple" in str(error):
+            raise
+        return None
+    return str(address)
+
+
+def _reach(address: str) -> None:
+    """Look whether anything listens at HOST:PORT: Ray itself goes on trying for minutes.
+
+    Raises:
+        OSError: nothing does.
+        ValueError: that is no address.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError("an address is HOST:PORT, such as 10.0.0.1:6379")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
 
 
 def _own_threads() -> int | None:

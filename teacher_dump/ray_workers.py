@@ -65,6 +65,7 @@ class Engine:
     ready: bool = False
     asks: str = ""  # "early": while it captures; "idle": it has nothing to do
     stopped: bool = False
+    cut_off: bool = False
     held: dict[str, Held] = field(default_factory=dict)
 
     @property
@@ -114,6 +115,7 @@ class RayWorkers:
         self.lost: list[str] = []
         self._claims = DeadClaims(room, self.work.cache)
         self._number = 0
+        self._ready = False
         self._losses: Counter[str] = Counter()  # by node
         self._written_off: Counter[str] = Counter()  # places of a node that get no engine any more
         self._causes: Counter[str] = Counter()
@@ -202,8 +204,15 @@ class RayWorkers:
         ray = self.room.ray
         try:
             told = ray.get(call)
+        except ray.exceptions.ActorUnavailableError:
+            # What it told may be lost, so that it is of no more use; Ray will know what became of it.
+            engine.cut_off, engine.hello, engine.call = True, None, engine.actor.hello.remote()
+            return
         except ray.exceptions.RayError as error:
             self._lose(engine, *_cause(error, self._lives(engine.node)))
+            return
+        if engine.cut_off:
+            self._lose(engine, "the connection to it was lost for a moment")
             return
         if call is engine.hello:
             engine.hello, engine.node, engine.place = None, told["node"], told["place"]
@@ -218,9 +227,9 @@ class RayWorkers:
         progress = self.progress
         match message:
             case ("ready",):
-                if not any(other.ready for other in self.engines):
+                if not self._ready:
                     progress.ready()
-                engine.ready = True
+                self._ready = engine.ready = True
                 progress.working(sum(other.ready for other in self.engines))
             case ("ask", idle):
                 engine.asks = "idle" if idle else "early"
@@ -281,7 +290,10 @@ class RayWorkers:
             else:
                 entry.look_at, entry.pause = now + entry.pause, min(5.0, 1.5 * entry.pause)
         if self.blocked and len(self.blocked) == self.left:
-            self.progress.waits(len(self.blocked))
+            self._say_once(
+                f"waiting for {self.left} shard{'s' * (self.left > 1)}: other processes write them, or it is not sure "
+                "yet that their writers on lost machines are gone"
+            )
 
     # Losses.
 
@@ -316,7 +328,8 @@ class RayWorkers:
         self.progress.working(sum(other.ready for other in self.engines))
         said = "for the same reason" if cause in self._causes else f": {cause}"
         self._causes[cause] += 1
-        self.lost.append(f"{engine.label} stopped{holding}: {cause}")
+        if engine.node:
+            self.lost.append(f"{engine.label} stopped{holding}: {cause}")
         if self.left:
             self.progress.say(f"{engine.label} stopped{holding}{said if said[0] == ':' else ' ' + said}")
         self._recruited = -1e9

@@ -43,12 +43,12 @@ class ParquetFuzzer:
         if not groups or not groups[0][2][1]:
             return
         group = rng.choice(groups[0][2][1])
-        chunks = [entry for entry in group if entry[0] == 1 and isinstance(entry[2], tuple)]
+        chunks = [entry for entry in group if entry[0] == 1 and isinstance(entry[2], tuple) and entry[2][1]]
         if rng.random() < 0.2 or not chunks:
             change_header(rng, group)
             return
         metas = [entry for entry in rng.choice(chunks[0][2][1]) if entry[0] == 3]
-        numbers = [entry for entry in metas[0][2] if entry[0] in (4, 5, 6, 7, 9, 10, 11)] if metas else []
+        numbers = [e for e in metas[0][2] if e[0] in (4, 5, 6, 7, 9, 10, 11) and type(e[2]) is int] if metas else []
         for entry in rng.sample(numbers, min(len(numbers), rng.choice([1, 2]))):
             entry[2] = rng.choice([entry[2] + 1, entry[2] - 1, entry[2] * 2, 10 * entry[2], *SIZES, 2**40, 2**62])
 

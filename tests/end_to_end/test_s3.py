@@ -105,3 +105,29 @@ def test_dump_verify_inspect_and_train_on_a_store(
     parts = [path for path in (tmp_path / "copies" / "parts").iterdir() if path.is_file()]
     assert len(parts) >= 8, "a footer and a row group of each shard are kept"
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_dump_and_read_through_requests_that_fail(
+    server: int, teacher: Path, corpus: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """One request in eight goes wrong, five ways: the dump goes on, and what is read is what was captured."""
+    proxy = FaultyProxy(server, share=0.125, seed=5, silence=0.5)
+    try:
+        command = dump_command(teacher, corpus, Path("cache"), 3)
+        command[command.index("cache")] = f"s3://{BUCKET}/faulty"
+        done = subprocess.run(
+            command,
+            env=environment(**s3_environment(proxy.port)),
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stderr
+        written = dict(proxy.faults)
+        with s3_here(proxy.port), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DISTIL_XLSTM_CACHE", str(tmp_path / "copies"))
+            assert_same_rows(rows(undisturbed), rows(open_path(f"s3://{BUCKET}/faulty")))
+    finally:
+        proxy.close()
+    assert sum(written.values()) >= 5 and sum(proxy.faults.values()) > sum(written.values()), proxy.faults
