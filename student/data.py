@@ -66,7 +66,7 @@ class TrainLoader:
 
     def plan(self, epoch: int, skip: int) -> Iterator[tuple[int, list[tuple[int, int]]]]:
         """(cache, rows) of the epoch's batches after the first `skip`."""
-        turns = np.repeat(np.arange(len(self.batches)), self.batches)
+        turns = np.repeat(np.arange(len(self.batches), dtype=np.uint16), self.batches)  # a million shards have many
         np.random.default_rng([self.seed, epoch, 2**31]).shuffle(turns)
         done = np.bincount(turns[:skip], minlength=len(self.batches)) * self.batch_rows
         streams = [
