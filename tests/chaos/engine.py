@@ -127,7 +127,7 @@ def kills(place: Place, rng: random.Random, chains: tuple[int, ...]) -> Figure:
             else:
                 wait_for(lambda cache=cache, before=before: committed_shards(cache) > before, process)
                 left = 1 - (before + 1) / (SHARDS + 1)
-                time.sleep(rng.uniform(0, left * place.dump_seconds))
+                time.sleep(rng.uniform(0, max(0.0, left) * place.dump_seconds))
             process.send_signal(signal.SIGKILL)
             process.wait()
             redone.append(len(list((cache / "claims").glob("*.json"))))
