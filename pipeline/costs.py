@@ -25,7 +25,7 @@ HIDDEN_BYTES = 2098 / 1536
 """Of one stored hidden value: measured at D = 1536, window 1 (docs/log.md)."""
 HIDDEN_RATE, WRITERS = 18_000 * 1536, 3
 """Hidden values a second that one shard's writer encodes (README, Limits), and shards written at one time."""
-JSON_BYTES = 1000
+JSON_BYTES = 800
 """Of a shard's JSON."""
 STUDENT_PARAMETERS = 84_175_968
 """Trained ones of six blocks at D = 1536; they grow with the square of the width."""

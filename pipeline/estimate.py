@@ -24,6 +24,8 @@ from pipeline.costs import (
 from pipeline.errors import UserError
 from pipeline.estimate_plan import Options, Plan, planned
 
+VERIFY_RATE = 280_000
+"""Tokens per second of one core that `verify` checks (docs/cache.md)."""
 DESCRIPTION = (
     "Say what a dump, and the training of a student from it, take: tokens, bytes, files, GPU hours and cost, each with "
     "where the figure comes from: measured and on what, given, or scaled by a rule. Starts nothing and reads no model."
@@ -69,6 +71,9 @@ def estimate(options: Options) -> tuple[dict[str, dict[str, Figure]], list[str]]
         "files": Figure(2 * plan.all_shards, "files", "a .parquet and a .json a shard, and some 10 more"),
         "records": Figure(JSON_BYTES * plan.all_shards, "B", f"{JSON_BYTES} B a shard's JSON; truth, read at `index`"),
         "index": _index(plan, options.results),
+        "verify": Figure(
+            plan.all_tokens / VERIFY_RATE / 3600, "core h", "measured: docs/cache.md, every byte and number"
+        ),
     }
     notes = []
     if shard_bytes > SHARD_BYTES:
