@@ -35,6 +35,7 @@ class Meter:
 
     def __init__(self, profile: bool = False) -> None:
         self.seconds = 0.0
+        self.cpu_s = 0.0
         self.memory_mb = 0.0
         self.hot_spots: list[str] = []
         self._profile = profile
@@ -43,7 +44,7 @@ class Meter:
     def __call__(self) -> Iterator[None]:
         profile = cProfile.Profile() if self._profile else None
         before = _resident("VmRSS", reset=True)
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         if profile is not None:
             profile.enable()
         try:
@@ -52,7 +53,7 @@ class Meter:
             if profile is not None:
                 profile.disable()
                 self.hot_spots = _hottest(profile)
-            self.seconds = time.perf_counter() - started
+            self.seconds, self.cpu_s = time.perf_counter() - started, time.process_time() - cpu
             self.memory_mb = max(0.0, (_resident("VmHWM") - before) / 1e6)
 
 
@@ -263,7 +264,7 @@ def main() -> int:
         return 2
     for line in meter.hot_spots:
         print(line)
-    print(MARK + json.dumps({"seconds": meter.seconds, "memory_mb": meter.memory_mb, **found}))
+    print(MARK + json.dumps({"seconds": meter.seconds, "cpu_s": meter.cpu_s, "memory_mb": meter.memory_mb, **found}))
     return 0
 
 

@@ -25,11 +25,14 @@ HIDDEN_BYTES = 2098 / 1536
 """Of one stored hidden value: measured at D = 1536, window 1 (docs/log.md)."""
 HIDDEN_RATE, WRITERS = 18_000 * 1536, 3
 """Hidden values a second that one shard's writer encodes (README, Limits), and shards written at one time."""
-JSON_BYTES = 1000
+JSON_BYTES = 800
 """Of a shard's JSON."""
 STUDENT_PARAMETERS = 84_175_968
 """Trained ones of six blocks at D = 1536; they grow with the square of the width."""
 STUDENT_WIDTH, STUDENT_BLOCKS = 1536, 6
+READERS = (1.0, 1.35, 1.81, 2.43, 3.22, 3.4)
+"""Ranks that read a row group, on 1, 2, 4, 8, 16, 32 and more ranks: the order of training played through with 32 rows
+a rank, groups of 64 rows, a window of 16 (docs/scale.md)."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,11 @@ def _gap(shape: TeacherShape, near: TeacherShape) -> str:
     if 0.5 <= ratio <= 2:
         return ""
     return f"; the teacher has {ratio:.2g} times its parameters: not measured so far away"
+
+
+def readers(ranks: int) -> float:
+    """Ranks that read a row group, on average."""
+    return float(np.interp(math.log2(ranks), range(len(READERS)), READERS))
 
 
 def student_flop(width: int, blocks: int, vocab_size: int) -> float:

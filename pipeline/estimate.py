@@ -17,12 +17,15 @@ from pipeline.costs import (
     encoding_rate,
     raw_bytes,
     read_results,
+    readers,
     student_rate,
     teacher_rate,
 )
 from pipeline.errors import UserError
 from pipeline.estimate_plan import Options, Plan, planned
 
+VERIFY_RATE = 280_000
+"""Tokens per second of one core that `verify` checks (docs/cache.md)."""
 DESCRIPTION = (
     "Say what a dump, and the training of a student from it, take: tokens, bytes, files, GPU hours and cost, each with "
     "where the figure comes from: measured and on what, given, or scaled by a rule. Starts nothing and reads no model."
@@ -68,6 +71,9 @@ def estimate(options: Options) -> tuple[dict[str, dict[str, Figure]], list[str]]
         "files": Figure(2 * plan.all_shards, "files", "a .parquet and a .json a shard, and some 10 more"),
         "records": Figure(JSON_BYTES * plan.all_shards, "B", f"{JSON_BYTES} B a shard's JSON; truth, read at `index`"),
         "index": _index(plan, options.results),
+        "verify": Figure(
+            plan.all_tokens / VERIFY_RATE / 3600, "core h", "measured: docs/cache.md, every byte and number"
+        ),
     }
     notes = []
     if shard_bytes > SHARD_BYTES:
@@ -146,18 +152,23 @@ def _tp_source(options: Options, weights: float) -> str:
 
 
 def _spent(
-    options: Options, tokens: int, rate: float, tokens_once: int, per_token: float, verb: str
+    options: Options, tokens: int, rate: float, tokens_once: int, per_token: float, verb: str, times: float = 1.0
 ) -> dict[str, Figure]:
-    """GPU hours, time, storage throughput and cost of so many tokens at so many a second on each GPU."""
+    """GPU hours, time, storage throughput and cost of so many tokens at so many a second on each GPU.
+
+    Args:
+        times: how often a byte is read or written.
+    """
     hours = tokens / rate / 3600
     source = f"{tokens:,} tokens / rate" if tokens == tokens_once else f"{tokens_once:,} tokens x epochs / rate"
     cost = options.gpu_hour_cost
+    moved = f"rate x {options.gpus} GPUs x bytes of a token"
+    if times != 1:
+        moved += f" x {times:.3g} ranks that read a row group (played through, docs/scale.md)"
     return {
         "GPU hours": Figure(hours, "h", source + "; start-up is not in it"),
         "time": Figure(hours / options.gpus, "h", f"on {options.gpus} GPUs (--gpus), taken to scale"),
-        f"bytes {verb}": Figure(
-            rate * options.gpus * per_token, "B/s", f"rate x {options.gpus} GPUs x bytes of a token"
-        ),
+        f"bytes {verb}": Figure(rate * options.gpus * per_token * times, "B/s", moved),
         "cost": Figure(
             None if cost is None else hours * cost, "", "--gpu_hour_cost" + ("" if cost is None else f" {cost:g}")
         ),
@@ -179,10 +190,11 @@ def _stage_two(options: Options, plan: Plan, per_token: float, storage: dict[str
     if rate.value is None:
         return found
     each = float(rate.value)
-    found |= _spent(options, plan.train_tokens * plan.epochs, each, plan.train_tokens, per_token, "read")
+    times = readers(options.gpus)
+    found |= _spent(options, plan.train_tokens * plan.epochs, each, plan.train_tokens, per_token, "read", times)
     rows = [row for row in storage["rows"] if row["layout"] == "ours"]
     row = min(rows, key=lambda row: abs(math.log(row["K"] / plan.spec.k)))
-    cores = each * options.gpus / (1e3 * row["read"])
+    cores = each * options.gpus * times / (1e3 * row["read"])
     where = f"measured: storage.json, K={row['K']}: {row['read']:g} thousand tokens/s of a core, without hidden states"
     return found | {"cores that decode": Figure(cores, "cores", where)}
 

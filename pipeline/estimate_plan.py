@@ -33,7 +33,7 @@ DUMP_DEFAULTS: dict[str, Any] = {
 }
 """What a dump takes where its manifest says nothing; a test compares them with stage one's own."""
 CORPUS_DEFAULTS = {"bytes_per_token": 6.0, "range_bytes": 262_144}
-DUMP_FIELDS = {*DUMP_DEFAULTS, "corpus", "cache", "separator", "seed", "gpus", "engine", "data"}
+DUMP_FIELDS = {*DUMP_DEFAULTS, "corpus", "cache", "separator", "seed", "gpus", "ray", "units", "engine", "data"}
 POSITIVE = ("tokens", "shards", "tokens_per_shard", "length", "k", "groups")
 OVERRIDES = (
     "teacher", "shards", "heldout_shards", "tokens_per_shard", "length", "k", "block", "groups", "window",

@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from helpers_cache import write_toy_cache
@@ -15,11 +16,23 @@ from helpers_cache import write_toy_cache
 from benchmarks.dump_throughput import SHAPES
 from pipeline.__main__ import main
 from pipeline.cache import Cache
-from pipeline.costs import KNOWN, TeacherShape, column_bytes, raw_bytes, read_results, student_flop, student_rate
+from pipeline.costs import (
+    KNOWN,
+    TeacherShape,
+    column_bytes,
+    raw_bytes,
+    read_results,
+    readers,
+    student_flop,
+    student_rate,
+)
 from pipeline.errors import UserError, run_command
 from pipeline.estimate import estimate
 from pipeline.estimate_plan import CORPUS_DEFAULTS, DUMP_DEFAULTS, DUMP_FIELDS, Options
+from pipeline.index import ShardEntries
 from pipeline.schema import CacheSpec
+from student.order import RowGroups, epoch_rows
+from student.ranks import share_of
 from teacher_dump.corpus import CorpusConfig
 from teacher_dump.settings import DumpConfig
 
@@ -107,8 +120,20 @@ def test_numbers_follow_from_each_other(manifest: Path) -> None:
     assert two["GPU hours"] == pytest.approx(3 * 953_675 * 2**20 / 8e4 / 3600)
     per_token = found["bytes of a token"]["all"]
     assert found["disk"]["bytes"] == pytest.approx(per_token * tokens, rel=1e-6)
-    assert two["bytes read"] == pytest.approx(64 * 8e4 * per_token, rel=1e-3)
+    assert two["bytes read"] == pytest.approx(3.4 * 64 * 8e4 * per_token, rel=1e-3)
     assert found["disk"]["files"] == 2 * (953_675 + 1)
+
+
+def test_row_groups_are_read_as_often_as_the_loader_reads_them() -> None:
+    """The constants are the loader's own order, played through: 32 rows a rank, groups of 64 rows, a window of 16."""
+    digest = np.zeros((192, 32), np.uint8)
+    same = {name: np.full(192, 64) for name in ("bytes", "rows", "tokens")}
+    entries = ShardEntries({"unit": np.arange(192), **same, "sha256": digest, "footer_sha256": digest})
+    rows = list(epoch_rows(RowGroups(entries, 64), 0, 0, 16))
+    for ranks in (1, 2, 4, 8, 16):
+        batches = [rows[at : at + 32 * ranks] for at in range(0, len(rows) - 32 * ranks + 1, 32 * ranks)]
+        pairs = {(r, group) for batch in batches for r in range(ranks) for group, _ in share_of(batch, r, ranks)}
+        assert len(pairs) / 192 == pytest.approx(readers(ranks), rel=0.12), ranks
 
 
 def test_a_teacher_that_is_not_known_is_scaled_by_its_parameters(manifest: Path) -> None:
