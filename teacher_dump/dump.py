@@ -81,8 +81,9 @@ def run_with(config: DumpConfig, engines: Engines) -> DumpResult:
     cache = Cache(work.cache)
     if len(progress.written) >= WORTH_WHILE:
         cache.build_index()
-    tokens = sum(int(cache.shards(split).tokens.sum()) for split in ("train", "heldout"))
-    return DumpResult(len(progress.written), len(units), tokens, time.monotonic() - started, tuple(lost))
+    there = [cache.shards(split) for split in ("train", "heldout")]
+    tokens = sum(int(shards.tokens.sum()) for shards in there)
+    return DumpResult(len(progress.written), sum(map(len, there)), tokens, time.monotonic() - started, tuple(lost))
 
 
 def _on_this_machine(slots: list[EngineSlot], work: Work, pending: Units, progress: DumpProgress) -> list[str]:
