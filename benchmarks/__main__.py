@@ -13,9 +13,9 @@ def main() -> int:
 
     names = ["storage"]
     if torch.cuda.is_available():
-        names += ["kernels", "dump_throughput"]
+        names += ["kernels", "dump_throughput", "train_throughput", "decode"]
     else:
-        print(f"{device_name()}: no CUDA device, so kernels and dump_throughput are left out")
+        print(f"{device_name()}: no CUDA device: only {names[0]} is measured")
     shapes = {"dump_throughput": ["--shapes", "qwen2.5-1.5b", "llama-3.1-8b", "--model", "data/smollm2-135m"]}
     failed = [
         name

@@ -79,6 +79,33 @@ def write_results(name: str, rows: Sequence[Row], *, device: str, folder: Path =
     return path
 
 
+def merged_with(
+    name: str, rows: Sequence[Row], keys: Sequence[str], *, device: str, folder: Path = RESULTS
+) -> list[Row]:
+    """Rows of `folder/NAME.json` with those of this run in their places, new ones behind them.
+
+    A benchmark of many cases can so be run a few at a time. Rows that another device or other versions gave are left
+    out, and the screen says so: one file speaks of one machine.
+
+    Args:
+        keys: the fields that tell rows apart.
+    """
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return list(rows)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if (record["device"], record["versions"]) != (device, versions()):
+        print(f"{path} was measured on {record['device']} or with other versions: its rows are left out")
+        return list(rows)
+
+    def identity(row: Row) -> tuple[Any, ...]:
+        return tuple(row.get(key) for key in keys)
+
+    new = {identity(row): row for row in rows}
+    kept = [new.pop(identity(row), row) for row in record["rows"]]
+    return [*kept, *new.values()]
+
+
 def table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
     """Rows as aligned text, numbers to the right.
 

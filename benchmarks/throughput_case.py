@@ -157,6 +157,7 @@ def often_enough(text: Path, folder: Path, shards: int, tokens_per_shard: int) -
 def committed(case: Case) -> dict[str, Any]:
     """A dump as a user runs it, from text to committed shards; the clock starts when the engine is ready."""
     from teacher_dump.corpus import CorpusConfig
+    from teacher_dump.pending import wanted_units
     from teacher_dump.settings import DumpConfig
     from teacher_dump.shard_loop import take_shards
     from teacher_dump.work import prepare
@@ -179,7 +180,7 @@ def committed(case: Case) -> dict[str, Any]:
     )
     work = prepare(config)
     report = _Clock()
-    take_shards(work, work.units(), report)
+    take_shards(work, wanted_units(work), report)
     seconds = time.perf_counter() - report.started
     size = sum(path.stat().st_size for path in Path(case.cache).glob("shard-*"))
     return {"seconds": seconds, "tokens": report.tokens, "bytes_per_token": size / report.tokens, **memory()}

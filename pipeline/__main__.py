@@ -1,4 +1,4 @@
-"""`python -m pipeline COMMAND`: look at a cache and a run."""
+"""`python -m pipeline COMMAND`: plan a dump, look at a cache and a run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pipeline.errors import UserError, run_command
 COMMANDS = {
     "inspect": ("pipeline.inspection", "what a shard holds: columns, sizes, and positions decoded to text"),
     "verify": ("pipeline.verify", "check every byte and every number of a cache"),
+    "estimate": ("pipeline.estimate", "what a dump and a training would take: bytes, files, GPU hours, cost"),
     "index": ("pipeline.indexing", "gather the records of many shards in one file, so that the cache opens fast"),
     "report": ("pipeline.report", "one HTML page with the pictures and figures of a cache and a run"),
     "summary": ("pipeline.summary", "the few closing lines: what was dumped, trained and measured"),

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.fields import check_stays
 from pipeline.index import INDEX, ShardEntries, ShardEntry, listed_units, read_index, write_index
+from pipeline.local_copies import LocalCopies
 from pipeline.manifest import read_manifest
-from pipeline.schema import HELDOUT_UNIT, unit_name
+from pipeline.row_checks import check_indices
+from pipeline.schema import HELDOUT_UNIT, MOST_GROUPS, unit_name
 from pipeline.shard import Columns, DamagedShard, ShardFile, ShardRecord, read_record
 from pipeline.store import open_path
-from pipeline.teacher_folder import TeacherFolder
+from pipeline.teacher_folder import TeacherFolder, local_teacher
 
 SPLITS = ("train", "heldout")
 
@@ -29,14 +32,28 @@ class Cache:
         UserError: the folder is no cache, or its manifest is damaged or of another major version.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = open_path(path)
+    def __init__(self, path: Path | str, copies: LocalCopies | None = None) -> None:
+        self.path, self.copies = open_path(path), copies
         self.manifest = read_manifest(self.path)
         self.spec = self.manifest.spec
 
     @property
     def teacher(self) -> TeacherFolder:
-        return TeacherFolder(self.path / "teacher")
+        """The teacher folder.
+
+        Raises:
+            UserError: it is incomplete or damaged, a link out of the cache, or another vocabulary's or width's.
+        """
+        check_stays(self.path, self.path / "teacher")
+        teacher = TeacherFolder(local_teacher(self.path / "teacher"))
+        for name in ("vocab_size", "width"):
+            own, given = getattr(self.spec, name), getattr(teacher.facts, name)
+            if own != given:
+                raise UserError(
+                    f"{teacher.path}/teacher.json: {name} is {given}, the manifest's is {own}: the folder is another "
+                    "cache's; restore it"
+                )
+        return teacher
 
     def shards(self, split: str = "train") -> ShardEntries:
         """The committed shards of `split`, ordered by unit: those of the index, the others from their JSON.
@@ -53,7 +70,14 @@ class Cache:
             entries = entries.select(np.isin(entries.unit, units))
         new = units[~np.isin(units, entries.unit)]
         records = (self._record_if_there(int(unit)) for unit in new)
-        return entries.and_also(ShardEntries.of(record for record in records if record is not None))
+        entries = entries.and_also(ShardEntries.of(record for record in records if record is not None))
+        most = MOST_GROUPS * self.spec.rows_per_group
+        for index in np.flatnonzero(entries.rows > most)[:1]:  # the order of an epoch is made from these numbers
+            raise UserError(
+                f"{self.path / entries[index].name}.json says {entries.rows[index]} rows, none has more than {most}: "
+                "it was damaged or another program wrote it; restore it from a copy"
+            )
+        return entries
 
     def records(self, split: str = "train") -> Iterator[ShardRecord]:
         """The whole records of the committed shards of `split`, ordered by unit, each read from its JSON."""
@@ -95,17 +119,17 @@ class Cache:
         if not path.is_file():
             here = len(list(self.path.glob("shard-*.json")))
             raise UserError(f"{path} is missing: the cache has {here} training shards; name another one (SHARD=...)")
-        return read_record(path)
+        return self.record(unit)
 
     def open(self, shard: ShardEntry | ShardRecord) -> ShardFile:
         """Open a shard; its size and footer digest are checked."""
         try:
-            return ShardFile(self.path, shard, self.spec)
+            return ShardFile(self.path, shard, self.spec, self.copies)
         except DamagedShard:
             now = self.record(shard.unit)  # dumped again since the index was built?
             if now.footer_sha256 == shard.footer_sha256:
                 raise
-            return ShardFile(self.path, now, self.spec)
+            return ShardFile(self.path, now, self.spec, self.copies)
 
     def build_index(self) -> int:
         """Write the index of all committed shards; returns their number."""
@@ -114,8 +138,10 @@ class Cache:
         return len(entries)
 
     def groups(self, split: str, columns: list[str] | None = None) -> Iterator[Columns]:
-        """Every row group of `split` in order, as NumPy columns."""
+        """Every row group of `split` in order, as NumPy columns, ids and lengths in their ranges."""
         for record in self.shards(split):
             with self.open(record) as shard:
                 for group in range(shard.row_groups):
-                    yield shard.read_group(group, columns)
+                    values = shard.read_group(group, columns)
+                    check_indices(values, self.spec, f"{shard.path}: row group {group}")
+                    yield values

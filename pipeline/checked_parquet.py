@@ -50,7 +50,7 @@ class CheckedParquet:
     """A Parquet file whose footer was looked at before Arrow parsed it.
 
     Args:
-        path: the file.
+        source: the file, by path or opened.
         columns: what its columns may hold.
         schema: the schema its footer must have.
         rows: rows it must have in all; None: any number.
@@ -64,7 +64,7 @@ class CheckedParquet:
 
     def __init__(
         self,
-        path: Path,
+        source: Path | BinaryIO,
         columns: tuple[Column, ...],
         schema: list[Any],
         rows: int | None,
@@ -72,7 +72,12 @@ class CheckedParquet:
         **options: Any,
     ) -> None:
         self.columns = columns
-        self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115
+        opened: Any = source
+        if isinstance(source, Path):
+            opened = open(source, "rb", buffering=0)  # noqa: SIM115
+        elif not hasattr(source, "readinto"):  # a path on a store
+            opened = opened.open("rb")
+        self._file: BinaryIO = opened
         self._checked: set[tuple[int, int]] = set()
         try:
             footer, before = self._footer()
@@ -82,7 +87,7 @@ class CheckedParquet:
                 groups = check_footer(footer, before, columns, schema, MOST_GROUPS)
                 _check_rows(groups, rows, group_rows)
             self.parquet = pq.ParquetFile(
-                path,
+                source if isinstance(source, Path) else opened,
                 page_checksum_verification=True,
                 memory_map=False,
                 thrift_string_size_limit=max(len(footer), 1),
@@ -167,7 +172,7 @@ def _check_rows(groups: list[Group], rows: int | None, group_rows: int) -> None:
         raise Malformed(f"has row groups of {counts[:4]} rows; the contract asks for {group_rows} at most")
 
 
-def open_shard(path: Path, spec: CacheSpec, rows: int | None) -> CheckedParquet:
+def open_shard(source: Path | BinaryIO, spec: CacheSpec, rows: int | None) -> CheckedParquet:
     """A shard's file; `rows`: those its JSON says, None where there is none yet.
 
     Raises:
@@ -175,7 +180,7 @@ def open_shard(path: Path, spec: CacheSpec, rows: int | None) -> CheckedParquet:
         OSError, pa.ArrowException: from Arrow.
     """
     columns, schema, arrow = shard_columns(spec)
-    file = CheckedParquet(path, columns, schema, rows, spec.rows_per_group)
+    file = CheckedParquet(source, columns, schema, rows, spec.rows_per_group)
     if not file.parquet.schema_arrow.equals(arrow):
         names = sorted({field.name for field in set(arrow) ^ set(file.parquet.schema_arrow)})
         file.close()
@@ -187,7 +192,7 @@ def open_shard(path: Path, spec: CacheSpec, rows: int | None) -> CheckedParquet:
 def shard_columns(spec: CacheSpec) -> tuple[tuple[Column, ...], list[Any], pa.Schema]:
     """(what the columns of a shard may hold, the footer's schema, the Arrow schema)."""
     arrow, shapes, options = spec.arrow_schema(), spec.shapes(), spec.write_options()
-    elements = _written_schema(arrow, options)
+    elements = written_schema(arrow, options)
     leaves = [element for element in elements if "children" not in element]
     dictionary = bool(options.get("use_dictionary", True))  # pyarrow's own defaults
     make = partial(
@@ -207,10 +212,10 @@ def shard_columns(spec: CacheSpec) -> tuple[tuple[Column, ...], list[Any], pa.Sc
     return tuple(columns), elements, arrow
 
 
-def _written_schema(arrow: pa.Schema, options: dict[str, Any]) -> list[Any]:
+def written_schema(arrow: pa.Schema, options: dict[str, Any] | None = None) -> list[Any]:
     """The schema's elements as a writer puts them in the footer: those of a file without rows."""
     sink = io.BytesIO()
-    with pq.ParquetWriter(sink, arrow, **options):
+    with pq.ParquetWriter(sink, arrow, **(options or {})):
         pass
     data = sink.getvalue()
     length = int.from_bytes(data[-8:-4], "little")
@@ -228,7 +233,7 @@ def _token_columns(vocab_size: int) -> tuple[tuple[Column, ...], list[Any]]:
     encodings = (PLAIN, PLAIN_DICTIONARY, RLE_DICTIONARY)
     most = MOST_TOKEN_BYTES + 16 * vocab_size
     make = partial(Column, values=1, exact=True, encodings=encodings, most=most, dictionary=True)
-    return (make("token_id", INT32, 4), make("bytes", BYTE_ARRAY, MOST_TOKEN_BYTES)), _written_schema(arrow, {})
+    return (make("token_id", INT32, 4), make("bytes", BYTE_ARRAY, MOST_TOKEN_BYTES)), written_schema(arrow)
 
 
 def read_token_bytes(path: Path, vocab_size: int) -> list[bytes]:
@@ -257,7 +262,10 @@ def read_token_bytes(path: Path, vocab_size: int) -> list[bytes]:
             ids += table.column("token_id").to_pylist()
             for chunk in table.column("bytes").chunks:
                 known = [value or b"" for value in chunk.dictionary.to_pylist()]
-                values += [b"" if index is None else known[index] for index in chunk.indices.to_pylist()]
+                indices = chunk.indices.to_pylist()
+                if not all(index is None or 0 <= index < len(known) for index in indices):  # Arrow does not look
+                    raise Malformed(f"its dictionary has {len(known)} values, a row asks for another")
+                values += [b"" if index is None else known[index] for index in indices]
         if ids != list(range(vocab_size)):
             raise Malformed(f"its ids are not 0 to {vocab_size - 1} in order")
         if sum(map(len, values)) > MOST_TOKEN_BYTES:

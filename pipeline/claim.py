@@ -11,20 +11,23 @@ import contextlib
 import json
 import os
 import re
-import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.commit import host_name, new_claim_id
-from pipeline.errors import UserError
-from pipeline.store import is_remote
+from pipeline.commit import machine, machine_digest, new_claim_id, temporary_path
+from pipeline.errors import UserError, named
+from pipeline.store import is_remote, names_in
 
 EXPIRY_SECONDS = 600.0
 REFRESH_SECONDS = 30.0
-TEMPORARY = re.compile(r"\.(?P<id>(?P<host>[^.]+)-(?P<pid>\d+)-[0-9a-f]{8})\.tmp$")
+TEMPORARY = re.compile(r"\.(?P<id>[^.]+-(?P<pid>\d+)-(?P<machine>[0-9a-f]{6})[0-9a-f]{8})\.tmp$")
 """The end of a temporary's name: the id of the writer it belongs to."""
+OWNER = re.compile(r"[\w-]{0,100}")  # no folders and no wildcards: temporaries are looked for by it
+TEXTS = ("id", "machine", "started")
+MOST_CLAIM_BYTES = 1 << 16
 HOLDER_FACTS: dict[str, str] = {}
 """What else the claims of this process say of it, such as the node of a cluster that it runs on."""
 
@@ -93,12 +96,13 @@ def try_claim(cache: Path, name: str) -> Claim | None:
 
         return try_store_claim(cache, name)
     folder = cache / "claims"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # not the cache: where that is gone, there is nothing to work on
     path = folder / f"{name}.json"
     claim_id = new_claim_id()
     draft = folder / f".{name}.{claim_id}.tmp"
-    draft.write_text(json.dumps({**holder_record(claim_id), "since": time.time()}))
     try:
+        # Synced, so that a claim that survives a power cut says whose it was.
+        _write_synced(draft, json.dumps({**holder_record(claim_id), "since": time.time()}).encode())
         for _ in range(2):
             try:
                 os.link(draft, path)
@@ -108,23 +112,58 @@ def try_claim(cache: Path, name: str) -> Claim | None:
                     return None
         return None
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise named(error, path) from error
 
 
 def clear_if_dead(path: Path, cache: Path) -> bool:
     """Remove the claim at `path` and its temporaries if its owner is gone; True if the claim is free now."""
     try:
-        age = time.time() - path.stat().st_mtime
         holder = _read(path)
+        if not _is_dead(path, holder):
+            return False
     except FileNotFoundError:
         return True
-    lives = holder_lives_here(holder)
-    if not (age > EXPIRY_SECONDS if lives is None else not lives):
-        return False
-    if holder.get("id"):
-        for leftover in cache.glob(f"**/.*.{holder['id']}.tmp"):
-            leftover.unlink(missing_ok=True)
+    if holder.get("id"):  # checked: it must not lead to other files
+        remove_temporaries(cache, path.stem, holder["id"])
     return take_away(path, holder)
+
+
+def remove_temporaries(cache: Path, name: str, claim: str) -> None:
+    """Remove what a writer that is gone left of the shard it worked on."""
+    for ending in ("parquet", "json"):
+        with contextlib.suppress(OSError):
+            temporary_path(cache / f"{name}.{ending}", claim).unlink(missing_ok=True)
+
+
+def is_held(cache: Path, name: str) -> bool:
+    """Whether a live writer works on what is called `name` at this moment; nothing is changed."""
+    if is_remote(cache):
+        from pipeline.store_claim import is_held_in_store
+
+        return is_held_in_store(cache, name)
+    path = cache / "claims" / f"{name}.json"
+    try:
+        return not _is_dead(path, _read(path))
+    except FileNotFoundError:
+        return False
+
+
+def _is_dead(path: Path, holder: dict[str, Any]) -> bool:
+    """Whether the holder of the claim at `path` is gone; raises FileNotFoundError if the claim is."""
+    age = time.time() - path.stat().st_mtime
+    lives = holder_lives_here(holder)
+    return age > EXPIRY_SECONDS if lives is None else not lives
 
 
 def take_away(path: Path, holder: dict[str, Any]) -> bool:
@@ -164,24 +203,35 @@ def _clear_unclaimed(cache: Path) -> None:
     for path in (cache / "claims").glob("*.json"):
         with contextlib.suppress(FileNotFoundError):
             held.add(_read(path).get("id"))
-    for path in cache.glob("**/.*.tmp"):
+    for path in _temporaries(cache):
         match = TEMPORARY.search(path.name)
-        if match is None or match["id"] in held or match["host"] == host_name() and _process_lives(int(match["pid"])):
+        if match is None or match["id"] in held:
             continue
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > EXPIRY_SECONDS:
+            if match["machine"] == machine_digest():
+                dead = not _process_lives(int(match["pid"]))
+            else:
+                dead = time.time() - path.stat().st_mtime > EXPIRY_SECONDS
+            if dead:
                 path.unlink()
+
+
+def _temporaries(cache: Path) -> Iterator[Path]:
+    """Temporaries in the folders that writers write in."""
+    for folder in (cache, cache / "teacher", cache / "claims"):
+        if folder.is_dir():
+            yield from (folder / name for name in names_in(folder) if name.startswith(".") and name.endswith(".tmp"))
 
 
 def holder_record(claim_id: str) -> dict[str, Any]:
     """What a claim says of its owner, which is this process."""
-    process = {"machine": _machine(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+    process = {"machine": machine(), "pid": os.getpid(), "started": _process_start(os.getpid())}
     return {"id": claim_id, **process, **HOLDER_FACTS}
 
 
 def holder_lives_here(holder: dict[str, Any]) -> bool | None:
     """Whether a claim's owner runs on this machine; None if it belongs to another one, of which nothing is known."""
-    if holder.get("machine") != _machine():
+    if holder.get("machine") != machine():
         return None
     return _process_lives(int(holder.get("pid", 0)), holder.get("started"))
 
@@ -192,24 +242,30 @@ def _read(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: the claim was released meanwhile.
     """
-    try:
-        holder = json.loads(path.read_text())
-    except ValueError:
+    if path.exists() and not path.is_file():  # a pipe, which would never end
         return {}
-    return holder if isinstance(holder, dict) else {}
+    with path.open("rb") as file:
+        return read_holder(file.read(MOST_CLAIM_BYTES))
 
 
-def _machine() -> str:
-    """What process numbers are unique in: this host since it booted, and the container this process sees."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # only Linux has these
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)
+def read_holder(data: bytes) -> dict[str, Any]:
+    """What a claim says of its owner, {} if it is damaged or says what no writer says: it may be a stranger's."""
+    try:
+        holder = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(holder, dict) or not all(isinstance(holder.get(name, ""), str) for name in TEXTS):
+        return {}
+    pid = holder.get("pid", 0)
+    right = type(pid) is int and 0 <= pid < 1 << 31 and OWNER.fullmatch(holder.get("id", "")) is not None
+    return holder if right else {}
 
 
 def _process_lives(pid: int, started: str | None = None) -> bool:
-    """Whether process `pid` runs here and, where that is known, is the one that started then."""
+    """Whether process `pid` runs here and, where that is known, is the one that started then.
+
+    A process that was killed and not reaped by its parent yet still has its number, and is dead.
+    """
     if pid <= 0:
         return False
     try:
@@ -218,12 +274,19 @@ def _process_lives(pid: int, started: str | None = None) -> bool:
         return False
     except PermissionError:
         pass
-    return not started or started == _process_start(pid)
+    state, start = _process_state(pid)
+    return state not in ("Z", "X") and (not started or started == start)
 
 
 def _process_start(pid: int) -> str:
     """When a process started, in clock ticks since boot: process numbers are used again. "" if unknown."""
+    return _process_state(pid)[1]
+
+
+def _process_state(pid: int) -> tuple[str, str]:
+    """State and start of a process as the kernel tells them, "" where it does not."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        told = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return told[0], told[19]
     except (OSError, IndexError):
-        return ""
+        return "", ""

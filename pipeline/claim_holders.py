@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.claim import clear_if_dead, holder_record, take_away
-from pipeline.commit import temporary_path
+from pipeline.claim import clear_if_dead, holder_record, remove_temporaries, take_away
 from pipeline.store import is_remote
 from pipeline.store_claim import generations, is_dead
 
@@ -90,9 +89,7 @@ def free(cache: Path, name: str, holding: Holding) -> bool:
             holding.path.unlink()
         return True
     if holding.id:
-        for ending in ("parquet", "json"):
-            with contextlib.suppress(OSError):
-                temporary_path(cache / f"{name}.{ending}", holding.id).unlink(missing_ok=True)
+        remove_temporaries(cache, name, holding.id)
     return take_away(holding.path, holding.record)
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError, named, one_line
 from pipeline.store import is_remote, upload
 
 CHUNK_BYTES = 1 << 20
@@ -48,8 +48,22 @@ class FileDigest:
 
 
 def new_claim_id() -> str:
-    """An id for one writer: host, process and a random part, safe in file names."""
-    return f"{host_name()}-{os.getpid()}-{secrets.token_hex(4)}"
+    """An id for one writer: host, process, a digest of what the process number is unique in, and a random part."""
+    return f"{host_name()}-{os.getpid()}-{machine_digest()}{secrets.token_hex(4)}"
+
+
+def machine() -> str:
+    """What process numbers are unique in: this host since it booted, and the container this process sees."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # only Linux has these
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def machine_digest() -> str:
+    """`machine` in 6 hex digits, as ids carry it: who sees a temporary of its own machine can ask for its process."""
+    return hashlib.sha256(machine().encode()).hexdigest()[:6]
 
 
 def host_name() -> str:
@@ -65,15 +79,18 @@ def temporary_path(final: Path, claim: str) -> Path:
 def file_sha256(path: Path, start: int = 0, length: int | None = None) -> str:
     """Hex sha256 of a file, or of `length` bytes of it from `start`."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(start)
-        left = length
-        while left is None or left > 0:
-            block = file.read(CHUNK_BYTES if left is None else min(CHUNK_BYTES, left))
-            if not block:
-                break
-            digest.update(block)
-            left = None if left is None else left - len(block)
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            left = length
+            while left is None or left > 0:
+                block = file.read(CHUNK_BYTES if left is None else min(CHUNK_BYTES, left))
+                if not block:
+                    break
+                digest.update(block)
+                left = None if left is None else left - len(block)
+    except OSError as error:
+        raise named(error, path) from error
     return digest.hexdigest()
 
 
@@ -153,9 +170,11 @@ def commit_file(
     try:
         digest = _written(temporary, write, check)
         publish(temporary, final, exclusive=exclusive)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise named(error, final) from error
         raise
     return digest
 
@@ -228,6 +247,8 @@ def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
             raise UserError(f"{path} does not match the digest at its end: it was damaged or edited; restore it")
         record = json.loads(data.decode("utf-8"), parse_constant=_no_number)
         check_depth(record)
+        if b"\\u" in data:  # half a surrogate pair can be spelled, but not be written or printed
+            canonical_json(record)
     except (ValueError, RecursionError) as error:  # also NaN, huge integers and broken UTF-8
         reason = one_line(error)[:200]
         raise UserError(f"{path} is not valid JSON ({reason}): it was damaged; restore it from a copy") from None
@@ -264,6 +285,8 @@ def read_limited(path: Path, most: int) -> bytes:
             data = file.read(most + 1)
     except FileNotFoundError:  # removed this moment
         raise UserError(f"{path} is missing") from None
+    except OSError as error:
+        raise named(error, path) from error
     if len(data) > most:
         raise UserError(f"{path} has more than {most} bytes, none of its kind has: it was damaged; restore it")
     return data

@@ -52,8 +52,19 @@ def parse_into(kind: type[T], prog: str, description: str, file_option: str, arg
     parser.add_class_arguments(kind, None)
     given = sys.argv[1:] if arguments is None else arguments
     check_files_exist(given, file_option)
+    switches = {f"--{field.name}" for field in fields(kind) if field.type in (bool, "bool")}  # type: ignore[arg-type]
+    given = with_values(given, switches)
     built = parser.instantiate(parser.parse_args(given))
     return kind(**{field.name: built[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def with_values(arguments: list[str], switches: set[str]) -> list[str]:
+    """A switch without a value says true: `--json` is `--json true`."""
+    following = [*arguments, "--"][1:]
+    return [
+        word + "=true" if word in switches and after.startswith("--") else word
+        for word, after in zip(arguments, following, strict=True)
+    ]
 
 
 def check_files_exist(arguments: list[str], option: str) -> None:

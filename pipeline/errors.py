@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -16,6 +17,13 @@ class UserError(Exception):
 def one_line(error: object) -> str:
     """A library's complaint without its line breaks, to stand within a sentence."""
     return " ".join(str(error).split())
+
+
+def named(error: OSError, path: object) -> OSError:
+    """The error with the file it concerns: the operating system does not say which file a write or sync failed on."""
+    if error.filename is not None:
+        return error
+    return OSError(error.errno or errno.EIO, error.strerror or one_line(error), str(path))
 
 
 def run_command(command: Callable[[], int | None]) -> int:

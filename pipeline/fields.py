@@ -6,14 +6,17 @@ A digest does not help here: whoever writes a file can write the digest that sui
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.store import is_remote
 
 MOST_TEXT = 4096
 """Characters of a text field, unless its reader says otherwise."""
+SHA256 = re.compile(r"[0-9a-f]{64}")
 MOST_COUNT = 1 << 60
 """No count of bytes, rows or tokens reaches this; sums and products of two of them still fit a float."""
 
@@ -55,6 +58,13 @@ class Fields:
         value = self._take(name)
         if not isinstance(value, str) or len(value) > most:
             raise self.refusal(name, f"a text of at most {most} characters")
+        return value
+
+    def sha256(self, name: str) -> str:
+        """A sha256 in hex."""
+        value = self._take(name)
+        if not isinstance(value, str) or SHA256.fullmatch(value) is None:
+            raise self.refusal(name, "a sha256 of 64 hexadecimal digits")
         return value
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
@@ -135,7 +145,7 @@ def check_stays(folder: Path, path: Path) -> None:
     Raises:
         UserError: `path` is such a link.
     """
-    if not path.is_symlink():
+    if is_remote(path) or not path.is_symlink():
         return
     try:
         stays = path.resolve().is_relative_to(folder.resolve())

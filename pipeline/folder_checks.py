@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
+from pipeline.claim import is_held
 from pipeline.commit import file_sha256, read_json
 from pipeline.errors import UserError
 from pipeline.fields import Fields
-from pipeline.manifest import Manifest
+from pipeline.manifest import MANIFEST, Manifest
 from pipeline.schema import HELDOUT_UNIT, unit_name
-from pipeline.shard import ShardRecord
-from pipeline.teacher_folder import TeacherFolder
+from pipeline.teacher_folder import TeacherFolder, local_teacher
 
 SHARD_NAME = re.compile(r"(shard|heldout)-\d{5,}")
+MOST_MISSING = 100_000
+"""Missing shards that are named one by one."""
 OWN_FILES = re.compile(r"manifest\.json|plan\.json|index\.json|index-.*\.parquet|teacher|claims")
 MOST_PLAN_BYTES = 64 << 20
 """Bytes of plan.json: an index of 1.4 million frames or row groups, some 1.4 TB of text."""
@@ -49,7 +53,7 @@ def check_teacher(cache: Path, manifest: Manifest) -> list[Problem]:
             problems.append(Problem(f"teacher/{name}", "is missing, though teacher.json names it"))
             whole = False
         elif path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
-            problems.append(Problem(f"teacher/{name}", "differs from its digest in teacher.json: restore it"))
+            problems.append(Problem(f"teacher/{name}", "differs from its digest in teacher.json"))
             whole = False
     for name in sorted({"config.json", "head.safetensors", "token_bytes.parquet"} - teacher.files.keys()):
         problems.append(Problem("teacher/teacher.json", f"does not name {name}, which students need"))
@@ -64,7 +68,7 @@ def check_teacher(cache: Path, manifest: Manifest) -> list[Problem]:
             problems.append(
                 Problem("teacher/teacher.json", f"{name} is {value}, the manifest's {manifest.compat.get(name)}")
             )
-    return problems + (check_head(teacher) if whole else [])
+    return problems + (check_head(TeacherFolder(local_teacher(cache / "teacher"))) if whole else [])
 
 
 def check_head(teacher: TeacherFolder) -> list[Problem]:
@@ -78,42 +82,100 @@ def check_head(teacher: TeacherFolder) -> list[Problem]:
     return problems
 
 
-def check_plan(cache: Path, records: list[ShardRecord]) -> list[Problem]:
-    """Each unit covers the range the plan gives it, and no range is covered twice."""
+@dataclass(frozen=True)
+class PlanRanges:
+    """Which part of the corpus each unit covers, as plan.json says."""
+
+    stride: int
+    heldout_from: int
+    extent: int
+
+    def of(self, unit: int) -> tuple[int, int]:
+        """[start, end) of a unit."""
+        heldout = unit >= HELDOUT_UNIT
+        start = (unit - HELDOUT_UNIT if heldout else unit) * self.stride + (self.heldout_from if heldout else 0)
+        return start, start + self.stride
+
+    def limit(self, unit: int) -> int:
+        """Where the part of the corpus ends that a unit of this split may cover."""
+        return self.extent if unit >= HELDOUT_UNIT else self.heldout_from
+
+    def has(self, unit: int) -> bool:
+        """Whether the corpus has text for it."""
+        return self.of(unit)[1] <= self.limit(unit)
+
+
+def read_plan(cache: Path) -> tuple[PlanRanges | None, list[Problem]]:
+    """The plan, None if it cannot be trusted; and what is wrong with it."""
     try:
         plan = Fields(read_json(cache / "plan.json", MOST_PLAN_BYTES), cache / "plan.json")
-        stride, heldout_from, extent = (plan.integer(name) for name in ("stride", "heldout_from", "extent"))
+        return PlanRanges(*(plan.integer(name) for name in ("stride", "heldout_from", "extent"))), []
     except UserError as error:
-        return [Problem("plan.json", str(error))]
+        return None, [Problem("plan.json", str(error))]
+
+
+def covered_twice(sources: list[tuple[str, int, int, int]]) -> list[Problem]:
+    """Problems of (split, start, end, unit) whose ranges overlap within a split."""
     problems = []
-    end_of: dict[str, tuple[int, str]] = {}
-    for record in records:
-        heldout = record.unit >= HELDOUT_UNIT
-        number = record.unit - HELDOUT_UNIT if heldout else record.unit
-        start = number * stride + (heldout_from if heldout else 0)
-        limit = extent if heldout else heldout_from
-        given = (record.source.get("start"), record.source.get("end"))
-        if given != (start, start + stride) or start + stride > limit:
-            message = f"source range {given} is not the plan's {(start, start + stride)} below {limit}"
-            problems.append(Problem(f"{record.name}.json", message))
-        previous = end_of.get(record.split, (0, ""))
-        if isinstance(given[0], int) and given[0] < previous[0]:
-            problems.append(Problem(f"{record.name}.json", f"source range {given} overlaps that of {previous[1]}"))
-        end_of[record.split] = (given[1] or 0, record.name)
+    last: dict[str, tuple[int, int]] = {}
+    for split, start, end, unit in sorted(sources):
+        previous = last.get(split)
+        if previous is not None and start < previous[0]:
+            message = f"source range {(start, end)} overlaps that of {unit_name(previous[1])}"
+            problems.append(Problem(f"{unit_name(unit)}.json", message))
+        if previous is None or end > previous[0]:
+            last[split] = (end, unit)
     return problems
 
 
-def find_missing(records: list[ShardRecord], shards: int | None) -> tuple[list[str], list[Problem]]:
-    """Names of units that are not there; problems only where the caller knows how many there must be."""
-    train = {record.unit for record in records if record.unit < HELDOUT_UNIT}
-    heldout = {record.unit for record in records if record.unit >= HELDOUT_UNIT}
-    wanted = set(range(shards if shards is not None else max(train, default=-1) + 1))
-    gaps = wanted - train
-    held = set(range(HELDOUT_UNIT, max(heldout, default=HELDOUT_UNIT - 1) + 1)) - heldout
-    missing = [unit_name(unit) for unit in sorted(gaps | held)]
-    if shards is None:
-        return missing, []
-    return missing, [Problem(f"{name}.json", "is missing: run the dump again") for name in missing]
+def find_missing(cache: Path, units: set[int], shards: int | None) -> tuple[list[str], list[Problem], list[Problem]]:
+    """Units below the highest committed one, or below `shards`, that are not there.
+
+    Returns:
+        Their names; problems, one each; notes instead for those that a live writer works on at this moment.
+    """
+    train = sorted(unit for unit in units if unit < HELDOUT_UNIT)
+    heldout = sorted(unit for unit in units if unit >= HELDOUT_UNIT)
+    gaps = list(_gaps(train, 0, shards or 0)) + list(_gaps(heldout, HELDOUT_UNIT, 0))
+    missing, problems, notes = [], [], []
+    # One file called shard-999999999.json must not make a list of a billion.
+    for name in map(unit_name, islice(chain.from_iterable(gaps), MOST_MISSING)):
+        if is_held(cache, name):
+            notes.append(Problem(f"{name}.json", "is missing: a dump is writing this shard"))
+        elif not (cache / f"{name}.json").is_file():  # committed since `units` were listed
+            problems.append(Problem(f"{name}.json", "is missing: dump it to close the gap"))
+            missing.append(name)
+    more = sum(map(len, gaps)) - MOST_MISSING
+    if more > 0:
+        problems.append(
+            Problem(MANIFEST, f"{more} more shards are missing: are names of shards as the dump made them?")
+        )
+    return missing, problems, notes
+
+
+def _gaps(units: list[int], first: int, end: int) -> Iterator[range]:
+    """Ranges of units from `first` up to the last there is, or to `end`, that are not among `units` (ascending)."""
+    for unit in units:
+        if unit > first:
+            yield range(first, unit)
+        first = unit + 1
+    if end > first:
+        yield range(first, end)
+
+
+def shard_stems(cache: Path) -> list[str]:
+    """Names of all shards that have a JSON, in order of units."""
+    stems = [path.stem for path in (*cache.glob("shard-*.json"), *cache.glob("heldout-*.json"))]
+    return sorted(stems, key=lambda stem: (unit_of(stem) is None, unit_of(stem) or 0, stem))
+
+
+def unit_of(stem: str) -> int | None:
+    """The unit whose files are called `stem`; None if that is no shard's name."""
+    if not SHARD_NAME.fullmatch(stem):
+        return None
+    split, _, digits = stem.partition("-")
+    unit = int(digits) + (HELDOUT_UNIT if split == "heldout" else 0)
+    return unit if unit_name(unit) == stem else None
 
 
 def stray_files(cache: Path) -> list[Problem]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -20,17 +21,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.checked_parquet import CheckedParquet, written_schema
 from pipeline.commit import commit_file, commit_json, file_sha256, read_json
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
+from pipeline.fields import MOST_COUNT, Fields, check_stays, child
+from pipeline.parquet_headers import FIXED_BYTES, INT64, PLAIN, Column
 from pipeline.schema import HELDOUT_UNIT, unit_name
-from pipeline.store import is_remote
+from pipeline.store import names_in
+from pipeline.thrift import Malformed
 
 INDEX = "index.json"
 WORTH_WHILE = 1000
 """A dump builds the index when so many shards are not in it."""
 NUMBERS = ("unit", "bytes", "rows", "tokens")
 DIGESTS = ("sha256", "footer_sha256")
-NAME = re.compile(r"(shard|heldout)-(\d{5,})\.json")
+NAME = re.compile(r"(shard|heldout)-(\d{5,10})\.json")
+MOST_SHARDS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -123,17 +129,9 @@ class ShardEntries(Sequence[ShardEntry]):
 def listed_units(cache: Path, split: str) -> np.ndarray:
     """Units of a split whose JSON is there, ascending, int64; from one listing of the folder."""
     kind = "heldout" if split == "heldout" else "shard"
-    names: Iterable[str]
-    if is_remote(cache):
-        store: Any = cache
-        try:
-            names = [path.rsplit("/", 1)[-1] for path in store.fs.ls(store.path, detail=False)]
-        except FileNotFoundError:
-            names = []
-    else:
-        names = (entry.name for entry in os.scandir(cache))
     prefix = f"{kind}-"
-    found = [int(match[2]) for name in names if name.startswith(prefix) and (match := NAME.fullmatch(name)) is not None]
+    matches = (NAME.fullmatch(name) for name in names_in(cache) if name.startswith(prefix))
+    found = [number for match in matches if match is not None and (number := int(match[2])) < HELDOUT_UNIT]
     return np.sort(np.array(found, np.int64)) + (HELDOUT_UNIT if split == "heldout" else 0)
 
 
@@ -146,14 +144,17 @@ def read_index(cache: Path) -> tuple[dict[str, Any], ShardEntries] | None:
     path = cache / INDEX
     if not path.is_file():
         return None
+    check_stays(cache, path)
     record = read_json(path)
-    file = cache / str(record.get("file"))
+    given = Fields(record, path)
+    file = child(cache, given.text("file"), path)
     remedy = f"remove {path} and run `python -m pipeline index --cache {cache}`"
-    if "/" in str(record.get("file")) or not file.is_file() or file_sha256(file) != record.get("sha256"):
+    if not file.is_file() or file_sha256(file) != given.sha256("sha256"):
         raise UserError(f"{file} is missing or does not match its sha256 in {path}: {remedy}")
-    table = pq.read_table(file.open("rb"), page_checksum_verification=True)
-    if sorted(table.column_names) != sorted((*NUMBERS, *DIGESTS)):
-        raise UserError(f"{file} has the columns {', '.join(table.column_names)}: another version wrote it; {remedy}")
+    try:
+        table = _read_table(file, given.integer("shards", 0, MOST_SHARDS))
+    except (Malformed, OSError, pa.ArrowException) as error:
+        raise UserError(f"{file}: {one_line(error)}: {remedy}") from None
     columns: dict[str, np.ndarray] = {}
     for name in table.column_names:
         values = table.column(name).combine_chunks()
@@ -164,7 +165,34 @@ def read_index(cache: Path) -> tuple[dict[str, Any], ShardEntries] | None:
         else:
             raw = np.frombuffer(values.buffers()[1] or b"", np.uint8, count=32 * len(values), offset=32 * values.offset)
             columns[name] = raw.reshape(len(values), 32)
-    return record, ShardEntries(columns)
+    entries = ShardEntries(columns)
+    most = {"unit": 2 * HELDOUT_UNIT, "bytes": MOST_COUNT, "rows": 1 << 32, "tokens": MOST_COUNT}
+    wrong = [n for n, v in columns.items() if n in most and ((v < (n != "unit")) | (v >= most[n])).any()]
+    if wrong or len(np.unique(entries.unit)) < len(entries):
+        raise UserError(f"{file}: {', '.join(wrong) or 'unit'} holds values that no shard has: {remedy}")
+    return record, entries
+
+
+def _read_table(file: Path, shards: int) -> pa.Table:
+    """The index's Parquet file, its headers looked at before it is read.
+
+    Raises:
+        Malformed: they claim what cannot be.
+        OSError, pa.ArrowException: from Arrow.
+    """
+    arrow = pa.schema([*((n, pa.int64()) for n in NUMBERS), *((n, pa.binary(32)) for n in DIGESTS)])
+    columns = [Column(name, INT64, 8, 1, True, (PLAIN,)) for name in NUMBERS]
+    columns += [Column(name, FIXED_BYTES, 32, 1, True, (PLAIN,)) for name in DIGESTS]
+    checked = CheckedParquet(file, tuple(columns), written_schema(arrow), shards, MOST_SHARDS)
+    with closing(checked):
+        if not checked.parquet.schema_arrow.equals(arrow):
+            raise Malformed("another version wrote it")
+        for group in range(checked.parquet.num_row_groups):
+            checked.check_pages(group)
+        table = checked.parquet.read(use_threads=False)
+    if any(column.null_count for column in table.columns):
+        raise Malformed("it has empty places")
+    return table
 
 
 def write_index(cache: Path, entries: ShardEntries, identities: dict[str, str]) -> None:

@@ -120,11 +120,17 @@ def create_or_match(cache: Path, wanted: Manifest) -> Manifest:
     return found
 
 
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(field, found value, wanted value) wherever two identity dictionaries differ; a field one lacks is "nothing"."""
+
+    def spelled(fields: dict[str, Any], key: str) -> tuple[bytes, str]:
+        # By their JSON, as identities are: 1 and 1.0 differ, and so do null and nothing at all.
+        return (canonical_json(fields[key]), repr(fields[key])) if key in fields else (b"", "nothing")
+
+    pairs = [(key, spelled(found, key), spelled(wanted, key)) for key in sorted(found.keys() | wanted.keys())]
+    return [(key, a[1], b[1]) for key, a, b in pairs if a[0] != b[0]]
+
+
 def describe_difference(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Human sentences for the fields in which two identity dictionaries differ."""
-    keys = sorted(found.keys() | wanted.keys())
-    return [
-        f"{key}: cache has {found.get(key)!r}, asked for {wanted.get(key)!r}"
-        for key in keys
-        if found.get(key) != wanted.get(key)
-    ]
+    return [f"{key}: cache has {a}, asked for {b}" for key, a, b in differences(found, wanted)]

@@ -23,6 +23,8 @@ PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY, BYTE_STREAM_SPLIT = 0, 2, 3, 8, 9
 PLAIN_TOO = (PLAIN, PLAIN_DICTIONARY)
 """How writers name the encoding of a dictionary's own page."""
 CODECS = {"none": 0, "snappy": 1, "zstd": 6}
+OPTIONAL, REPEATED = 1, 2
+MOST_NESTED = 32
 DATA_PAGE, INDEX_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = range(4)
 MOST_HEADER = 1 << 20
 """Bytes of a page header; ours take about 30, some writers put the least and greatest text of the page in."""
@@ -53,7 +55,10 @@ CHUNK: Layout = {
             10: ("index_page", I64),
             11: ("dictionary_page", I64),
             13: ("encoding_stats", Items({}, 64)),
-            16: ("size_statistics", {2: ("repetition", Items(I64, 64)), 3: ("definition", Items(I64, 64))}),
+            16: (
+                "sizes",
+                {1: ("texts", I64), 2: ("repetition", Items(I64, 64)), 3: ("definition", Items(I64, 64))},
+            ),
             17: ("geospatial", {2: ("types", Items(I32, 64))}),
         },
     ),
@@ -83,7 +88,7 @@ class Column:
         values: values of a row, at most.
         exact: every row has exactly so many.
         encodings: of its data pages.
-        codec: its pages are compressed by, if at all; one of `CODECS`.
+        codec: its pages are compressed by; one of `CODECS`.
         most: bytes that all pages of a row group take uncompressed, at most; None: as its values and their width say.
         dictionary: it may have a dictionary page.
         checksums: its pages must have them.
@@ -134,6 +139,79 @@ class Page:
     encoding: int
     levels: int  # encoding of the levels
     checksum: bool
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A column of numbers or texts, as the schema has it: its type and how deep it lies."""
+
+    type: int
+    definition: int
+    repetition: int
+
+
+def leaves_of(schema: list[dict[str, Any]]) -> list[Leaf]:
+    """The leaves of a schema, whose elements stand in the order of a walk through the tree.
+
+    Raises:
+        Malformed: they make no tree.
+    """
+    found: list[Leaf] = []
+    open_: list[list[int]] = []  # of the groups around: children to come, definition and repetition level
+    for number, element in enumerate(schema):
+        _text(*need(element, "name"))
+        _, definition, repetition = open_[-1] if open_ else [0, 0, 0]
+        if number:
+            if not open_:
+                raise Malformed("its schema has elements outside the tree")
+            (kind,) = need(element, "repetition")
+            definition, repetition = definition + (kind in (OPTIONAL, REPEATED)), repetition + (kind == REPEATED)
+            open_[-1][0] -= 1
+        if "type" in element:
+            found.append(Leaf(element["type"], definition, repetition))
+        elif element.get("children", 0) > 0:
+            open_.append([element["children"], definition, repetition])
+        else:
+            raise Malformed("its schema has an element without a type")
+        while open_ and open_[-1][0] == 0:
+            open_.pop()
+        if len(open_) > MOST_NESTED:
+            raise Malformed(f"its schema is nested more than {MOST_NESTED} deep")
+    if open_ or not schema or "type" in schema[0]:
+        raise Malformed("its schema is not whole")
+    return found
+
+
+def _text(name: bytes) -> None:
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        raise Malformed(f"the name {name[:40]!r} is no UTF-8") from None
+
+
+def check_place(chunk: dict[str, Any], leaf: Leaf) -> dict[str, Any]:
+    """What every column chunk must have, whatever its file is for; returns its metadata.
+
+    Raises:
+        Malformed: its pages are elsewhere or encrypted, a field is missing, or its statistics do not suit the schema
+            (Arrow ends the process where they do not).
+    """
+    if chunk.keys() & {"file_path", "encryption", "encrypted"}:
+        raise Malformed("its pages are in another file or encrypted")
+    need(chunk, "meta")
+    meta: dict[str, Any] = chunk["meta"]
+    need(meta, "type", "encodings", "path", "codec", "values", "uncompressed", "compressed", "data_page")
+    for name in meta["path"]:
+        _text(name)
+    if meta["type"] != leaf.type:
+        raise Malformed(f"its type is {meta['type']}, the schema's {leaf.type}")
+    sizes = meta.get("sizes", {})
+    for name, level in (("definition", leaf.definition), ("repetition", leaf.repetition)):
+        if len(sizes.get(name, ())) not in (0, level + 1):
+            raise Malformed(f"its statistics count {len(sizes[name])} {name} levels, it has {level + 1}")
+    if "texts" in sizes and leaf.type != BYTE_ARRAY:
+        raise Malformed("its statistics count bytes of texts, it has none")
+    return meta
 
 
 def footer_layout(columns: int, elements: int, groups: int) -> Layout:
@@ -192,15 +270,16 @@ def check_footer(
     elements, rows, records = need(found, "schema", "rows", "groups")
     if elements != schema:
         raise Malformed(_other_columns(elements, schema))
+    leaves = leaves_of(elements)
     result, end = [], 4
     for number, record in enumerate(records):
         chunks, group_rows = need(record, "columns", "rows")
         if len(chunks) != len(columns) or group_rows < 1:
             raise Malformed(f"row group {number} has {len(chunks)} columns and {group_rows} rows")
         places = []
-        for chunk, column in zip(chunks, columns, strict=True):
+        for chunk, column, leaf in zip(chunks, columns, leaves, strict=True):
             try:
-                place = _check_chunk(chunk, column, group_rows)
+                place = _check_chunk(chunk, column, leaf, group_rows)
                 if not end <= place.start <= place.start + place.length <= before:
                     raise Malformed(
                         f"its pages lie at {place.start} to {place.start + place.length}, not in {end} to {before}"
@@ -221,14 +300,12 @@ def _other_columns(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) ->
     return f"its columns are not the manifest's: {', '.join(differing) or 'their order or types'} differ"
 
 
-def _check_chunk(chunk: dict[str, Any], column: Column, rows: int) -> Chunk:
-    if chunk.keys() & {"file_path", "encryption", "encrypted"} or "meta" not in chunk:
-        raise Malformed("its pages are in another file or encrypted")
-    names = ("type", "codec", "values", "uncompressed", "compressed", "data_page")
-    type_, codec, values, uncompressed, compressed, start = need(chunk["meta"], *names)
-    if type_ != column.type:
-        raise Malformed(f"its type is {type_}, not {column.type}")
-    if codec not in (CODECS["none"], CODECS[column.codec]):
+def _check_chunk(chunk: dict[str, Any], column: Column, leaf: Leaf, rows: int) -> Chunk:
+    meta = check_place(chunk, leaf)
+    codec, values, uncompressed, compressed, start = need(
+        meta, "codec", "values", "uncompressed", "compressed", "data_page"
+    )
+    if codec != CODECS[column.codec]:
         raise Malformed(f"it is compressed by codec {codec}, not by {column.codec}")
     most = rows * column.values
     if not (most if column.exact else rows) <= values <= most:
@@ -236,7 +313,7 @@ def _check_chunk(chunk: dict[str, Any], column: Column, rows: int) -> Chunk:
     limit = column.most_bytes(values) + values + 65_536  # and page headers
     if not 0 <= uncompressed <= limit:
         raise Malformed(f"it claims {uncompressed} bytes uncompressed, {values} values take at most {limit}")
-    dictionary = chunk["meta"].get("dictionary_page", 0)
+    dictionary = meta.get("dictionary_page", 0)
     if dictionary and not column.dictionary:
         raise Malformed("it has a dictionary, which no writer of this cache makes")
     if compressed < 1 or start < 1 or dictionary < 0:
@@ -256,7 +333,7 @@ def pages(read_at: ReadAt, chunk: Chunk) -> Iterator[Page]:
         type_, uncompressed, compressed = need(record, "type", "uncompressed", "compressed")
         position += size
         if uncompressed < 0 or not 0 <= compressed <= end - position:
-            raise Malformed(f"a page of {compressed} bytes where {end - position} are left")
+            raise Malformed(f"a page of {compressed} bytes ({uncompressed} unpacked) where {end - position} are left")
         position += compressed
         if type_ == INDEX_PAGE:
             continue

@@ -11,10 +11,39 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.schema import CacheSpec, sequence_id
-from pipeline.shard import Columns
+from pipeline.shard import Columns, DamagedShard
 
 CLOSE = 1e-3
 """Nats, and attention mass, by which two ways to the same number may differ."""
+
+
+def check_indices(columns: Columns, spec: CacheSpec, place: object) -> None:
+    """Lengths and ids that embeddings and kernels index by must lie in their ranges: outside, a GPU reads or writes
+    wherever they lead. `verify` looks at everything else.
+
+    Args:
+        columns: of a row group; only those that are there are looked at.
+        place: shard and row group, for messages.
+
+    Raises:
+        DamagedShard: names the column.
+    """
+    V = spec.vocab_size
+    ranges = {"length": (1, spec.length), "next_id": (-1, V - 1)}
+    ranges |= dict.fromkeys(("input_ids", "topk_ids", "tail_ids"), (0, V - 1))
+    for name, (least, most) in ranges.items():
+        values = columns.get(name)
+        if values is None or not values.size:
+            continue
+        if values.dtype == np.int32 and least == 0:
+            values = values.view(np.uint32)  # one pass: negative ids become large ones
+        found = int(values.max())
+        low = least if values.dtype.kind == "u" else int(values.min())
+        if found > most or low < least:
+            raise DamagedShard(
+                f"{place}, column {name}: holds {int(columns[name].min())} to {int(columns[name].max())}, not {least} "
+                f"to {most}: run `make verify`, then dump the shard again"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
@@ -13,11 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.checked_parquet import open_shard
-from pipeline.commit import DigestingFile, commit_file, commit_json, file_sha256, read_json
+from pipeline.commit import CHUNK_BYTES, DigestingFile, commit_file, commit_json, read_json
 from pipeline.errors import UserError, one_line
 from pipeline.fields import MOST_COUNT, Fields, check_stays
 from pipeline.index import ShardEntry
+from pipeline.local_copies import LocalCopies
+from pipeline.parts import PartsFile
 from pipeline.schema import HELDOUT_UNIT, CacheSpec, unit_name
+from pipeline.store import is_remote
 from pipeline.thrift import Malformed
 
 Columns = dict[str, Any]
@@ -86,14 +91,23 @@ def footer_sha256(path: Path) -> str:
     Raises:
         DamagedShard: the file is too short or does not end as Parquet does.
     """
-    size = path.stat().st_size
     with path.open("rb") as file:
-        file.seek(max(0, size - 8))
-        tail = file.read(8)
+        return footer_digest(file, path.stat().st_size, path)
+
+
+def footer_digest(file: Any, size: int, path: Path) -> str:
+    """The same of an open file of `size` bytes; `path` is for messages."""
+    file.seek(max(0, size - 8))
+    tail = file.read(8)
     length = int.from_bytes(tail[:4], "little")
     if size < 12 or tail[4:] != b"PAR1" or length + 12 > size:
         raise DamagedShard(f"{path} does not end as a Parquet file does: it was cut or damaged; dump it again")
-    return file_sha256(path, start=size - 8 - length)
+    file.seek(size - 8 - length)
+    digest, left = hashlib.sha256(), length + 8
+    while left and (block := file.read(min(CHUNK_BYTES, left))):
+        digest.update(block)
+        left -= len(block)
+    return digest.hexdigest()
 
 
 def commit_shard(
@@ -174,8 +188,8 @@ def read_record(path: Path) -> ShardRecord:
         split=given.choice("split", ("train", "heldout")),
         file=name,
         bytes=given.integer("bytes", 1),
-        sha256=given.text("sha256", 64),
-        footer_sha256=given.text("footer_sha256", 64),
+        sha256=given.sha256("sha256"),
+        footer_sha256=given.sha256("footer_sha256"),
         rows=given.integer("rows", 1, (1 << 32) - 1),
         tokens=given.integer("tokens", 1),
         short=given.flag("short"),
@@ -193,27 +207,57 @@ def read_record(path: Path) -> ShardRecord:
 class ShardFile:
     """An open shard: the footer's digest is checked before it is parsed, page checksums while reading.
 
+    Args:
+        folder: the cache.
+        record: what its JSON or the index says.
+        spec: shape of the rows.
+        copies: where parts of a remote shard are kept.
+
     Raises:
         DamagedShard: on opening or reading; never returns wrong rows.
+        OSError: a remote store that does not answer.
     """
 
-    def __init__(self, folder: Path, record: ShardRecord | ShardEntry, spec: CacheSpec) -> None:
+    def __init__(
+        self, folder: Path, record: ShardRecord | ShardEntry, spec: CacheSpec, copies: LocalCopies | None = None
+    ) -> None:
         self.path = folder / record.file
         self.record = record
         self.spec = spec
         check_stays(folder, self.path)
-        if not self.path.is_file():
-            raise DamagedShard(f"{self.path} is missing, though its JSON is there: dump it again")
-        size = self.path.stat().st_size
-        if size != record.bytes:
-            raise DamagedShard(f"{self.path} has {size} bytes, its JSON says {record.bytes}: dump it again")
-        if footer_sha256(self.path) != record.footer_sha256:
+        self.parts = self._remote(copies) if is_remote(self.path) else None
+        if self.parts is None:
+            if not self.path.is_file():
+                raise DamagedShard(f"{self.path} is missing, though its JSON is there: dump it again")
+            size = self.path.stat().st_size
+            if size != record.bytes:
+                raise DamagedShard(f"{self.path} has {size} bytes, its JSON says {record.bytes}: dump it again")
+        if self._footer_differs():
             raise DamagedShard(f"{self.path}: the footer does not match the digest in its JSON: dump it again")
         try:
-            self._checked = open_shard(self.path, spec, record.rows)
+            self._checked = open_shard(self.parts or self.path, spec, record.rows)  # type: ignore[arg-type]
         except (Malformed, OSError, pa.ArrowException) as error:
             raise DamagedShard(f"{self.path}: {one_line(error)}: dump the shard again") from None
         self._file = self._checked.parquet
+
+    def _remote(self, copies: LocalCopies | None) -> PartsFile:
+        try:
+            return PartsFile(self.path, self.record.bytes, self.record.sha256, copies)
+        except FileNotFoundError:
+            raise DamagedShard(f"{self.path} is missing, though its JSON is there: dump it again") from None
+        except EOFError:
+            raise DamagedShard(
+                f"{self.path} has fewer bytes than the {self.record.bytes} of its JSON: dump it again"
+            ) from None
+
+    def _footer_differs(self) -> bool:
+        if self.parts is None:
+            return footer_sha256(self.path) != self.record.footer_sha256
+        with contextlib.suppress(DamagedShard):
+            if footer_digest(self.parts, self.parts.size, self.path) == self.record.footer_sha256:
+                return False
+        self.parts.forget()  # the local copy may be what is damaged
+        return footer_digest(self.parts, self.parts.size, self.path) != self.record.footer_sha256
 
     @property
     def row_groups(self) -> int:
@@ -229,11 +273,18 @@ class ShardFile:
 
     def read_group(self, group: int, columns: list[str] | None = None) -> Columns:
         """Row group `group` as NumPy arrays (R, *shape), without a copy where Arrow allows; `doc_ids` as lists."""
-        self.check_pages(group, columns)
-        try:
-            table = self._file.read_row_group(group, columns=columns, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise self._damage(group, columns, error) from error
+        if self.parts is None:
+            table = self._table(group, columns)
+        else:
+            start, end = self.group_range(group)
+            self.parts.hold(start, end)
+            try:
+                table = self._table(group, columns)
+            except DamagedShard:
+                self.parts.forget()  # the local copy may be what is damaged
+                table = self._table(group, columns)
+            finally:
+                self.parts.drop(start, end)
         shapes = self.spec.shapes()
         values: Columns = {}
         for name in table.column_names:
@@ -244,10 +295,29 @@ class ShardFile:
                 numbers = chunk.flatten().to_numpy(zero_copy_only=True)
                 values[name] = numbers.reshape(len(chunk), *shapes[name])
             elif name == "doc_ids":
-                values[name] = chunk.to_pylist()
+                try:
+                    values[name] = chunk.to_pylist()
+                except UnicodeDecodeError as error:
+                    raise DamagedShard(
+                        f"{self.path}: row group {group}, column doc_ids: an id is no UTF-8 ({error}): dump it again"
+                    ) from None
             else:
                 values[name] = chunk.to_numpy(zero_copy_only=True)
         return values
+
+    def _table(self, group: int, columns: list[str] | None) -> pa.Table:
+        self.check_pages(group, columns)
+        try:
+            return self._file.read_row_group(group, columns=columns, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise self._damage(group, columns, error) from error
+
+    def group_range(self, group: int) -> tuple[int, int]:
+        """Where the bytes of a row group begin and end."""
+        found = self._file.metadata.row_group(group)
+        chunks = [found.column(index) for index in range(found.num_columns)]
+        start = min(chunk.data_page_offset for chunk in chunks)
+        return start, max(chunk.data_page_offset + chunk.total_compressed_size for chunk in chunks)
 
     def check_pages(self, group: int, columns: list[str] | None = None) -> None:
         """Look at the page headers of some columns of a row group: a page may not claim more than the manifest says.

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -45,6 +46,29 @@ def open_path(place: str | Path) -> Path:
     except (ValueError, ImportError) as error:
         raise UserError(f"{place}: {error}: use a folder, or a URL whose fsspec driver is installed") from None
     return cast(Path, path)
+
+
+def names_in(folder: Path) -> Iterator[str]:
+    """Names of what a folder holds, from one listing; nothing where there is no such folder on a store."""
+    if not is_remote(folder):
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                yield entry.name
+        return
+    store: Any = folder
+    with contextlib.suppress(FileNotFoundError):
+        for path in again(lambda: store.fs.ls(store.path, detail=False), folder):
+            yield path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def sizes_in(folder: Path) -> dict[str, int]:
+    """Bytes of every file in a folder, by name."""
+    if not is_remote(folder):
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    store: Any = folder
+    found = again(lambda: store.fs.ls(store.path, detail=True), folder)
+    return {item["name"].rsplit("/", 1)[-1]: int(item["size"]) for item in found if item["type"] == "file"}
 
 
 def upload(source: Path, final: Path, sha256: str, *, exclusive: bool = False) -> None:

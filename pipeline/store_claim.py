@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.claim import EXPIRY_SECONDS, Claim, holder_lives_here, holder_record
+from pipeline.claim import EXPIRY_SECONDS, MOST_CLAIM_BYTES, Claim, holder_lives_here, holder_record, read_holder
 from pipeline.commit import new_claim_id
 from pipeline.store import again
 
@@ -45,6 +45,12 @@ def try_store_claim(cache: Path, name: str) -> StoreClaim | None:
         with contextlib.suppress(OSError):
             dead.unlink()
     return StoreClaim(path, record)
+
+
+def is_held_in_store(cache: Path, name: str) -> bool:
+    """See `pipeline.claim.is_held`."""
+    there = generations(cache, name)
+    return bool(there) and not is_dead(there[-1][1])
 
 
 def clear_dead_store_claims(cache: Path) -> None:
@@ -93,8 +99,5 @@ def _write(path: Path, record: dict[str, Any], mode: str) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """A claim's content, {} if it is damaged; FileNotFoundError if it was released meanwhile."""
-    try:
-        holder = json.loads(path.read_bytes())
-    except ValueError:
-        return {}
-    return holder if isinstance(holder, dict) else {}
+    with path.open("rb") as file:
+        return read_holder(file.read(MOST_CLAIM_BYTES))

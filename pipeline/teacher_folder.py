@@ -21,10 +21,12 @@ import pyarrow as pa
 from safetensors import SafetensorError, safe_open
 
 from pipeline.checked_parquet import read_token_bytes
-from pipeline.commit import check_depth, file_sha256, read_json, read_text
+from pipeline.commit import check_depth, commit_bytes, file_sha256, read_json, read_text
 from pipeline.errors import UserError, one_line
 from pipeline.fields import Fields, check_stays, child
+from pipeline.local_copies import default_folder
 from pipeline.schema import MOST_VOCABULARY, MOST_WIDTH
+from pipeline.store import again, is_remote
 from pipeline.thrift import Malformed
 
 if TYPE_CHECKING:  # inspection and verification start fast without torch
@@ -77,7 +79,7 @@ class TeacherFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path = path if is_remote(path) else Path(path)
         if not (self.path / "teacher.json").is_file():
             raise UserError(f"{self.path}/teacher.json is missing: this is no cache, or its dump never started")
         # `teacher/` itself may be a link out of a run, put there by its owner; nothing in it may lead further.
@@ -226,10 +228,25 @@ def read_files(record: Fields, folder: Path) -> dict[str, dict[str, Any]]:
     for name in record.record:
         child(folder, name, record.where)
         entry = record.fields(name)
-        files[name] = {"bytes": entry.integer("bytes"), "sha256": entry.text("sha256", 64)}
+        files[name] = {"bytes": entry.integer("bytes"), "sha256": entry.sha256("sha256")}
     return files
 
 
 def facts_record(facts: TeacherFacts, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The content of `teacher.json`."""
     return {"facts": asdict(facts), "files": files}
+
+
+def local_teacher(folder: Path) -> Path:
+    """A teacher folder on this machine: the folder itself, or a copy of one on an object store.
+
+    Copies lie in the folder of `pipeline.local_copies`, named after the digest of `teacher.json`, and stay there.
+    """
+    if not is_remote(folder):
+        return folder
+    remote = TeacherFolder(folder)
+    here = default_folder() / "teachers" / file_sha256(folder / "teacher.json")[:32]
+    for name in [*remote.files, "teacher.json"]:  # the last makes it visible
+        if not (here / name).is_file():
+            commit_bytes(here / name, again((folder / name).read_bytes, folder / name))
+    return here

@@ -10,6 +10,7 @@ for a list. All other fields are passed over by the type they say they have, as 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,11 @@ Layout = dict[int, tuple[str, Any]]
 
 @dataclass(frozen=True)
 class Items:
-    """A list of at most `most` items of one kind."""
+    """A list of at most `most` items of one kind. With `each`, items are handed to it one by one and not kept."""
 
     kind: Any
     most: int
+    each: Callable[[Any], object] | None = None
 
 
 class Malformed(ValueError):
@@ -81,7 +83,11 @@ class Reader:
             count, item = self._list_header()
             if count > wanted.most:
                 raise Malformed(f"{name} has {count} items, at most {wanted.most} can be right")
-            return [self._value(item, wanted.kind, name, depth) for _ in range(count)]
+            if wanted.each is None:
+                return [self._value(item, wanted.kind, name, depth) for _ in range(count)]
+            for _ in range(count):
+                wanted.each(self._value(item, wanted.kind, name, depth))
+            return count
         raise Malformed(f"field {name} has type {kind}, which it cannot have")
 
     def _byte(self) -> int:

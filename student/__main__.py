@@ -8,6 +8,7 @@ The same command again goes on with the run, or says that it is finished.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 import warnings
@@ -27,8 +28,12 @@ from pipeline.errors import UserError, run_command
 from student.callbacks import BEST, LAST, Interrupted, LogLines, RunCheckpoint
 from student.checkpoint import RunRecord
 from student.data import CacheDataModule
+from student.identity import Teaching, cache_record, require_same_teacher
+from student.initial import check_initial, load_initial
 from student.module import METRICS, DistillModule
-from student.run_folder import MetricsCSV, check_same_settings, copy_teacher, save_settings, steps_done
+from student.ranks import OneRun, end_other_ranks, is_lost_rank, require_equal_shares, trainer_options
+from student.run_folder import MetricsCSV, check_same_settings, copy_teacher, open_data, save_settings, steps_done
+from student.sharding import ShardedStrategy
 
 TRAINER_DEFAULTS = {
     "accelerator": "auto",
@@ -59,6 +64,14 @@ class TrainCLI(LightningCLI):
         parser.add_argument(
             "--checkpoint_every", type=int, default=200, help="Optimiser steps between two writes of last.ckpt."
         )
+        parser.add_argument(
+            "--init_from",
+            type=str,
+            default="",
+            help="Run folder, or a checkpoint in one: a new run begins with its student's weights, at step 0 of a "
+            "schedule of its own. How shards that a cache gained since, or another cache of the same teacher, are "
+            "taken in.",
+        )
         parser.link_arguments("cache", "data.cache")
         parser.link_arguments("run", "trainer.default_root_dir")
 
@@ -85,8 +98,12 @@ class TrainCLI(LightningCLI):
         # What the bar shows must come from the device, and the host waits for it.
         every = 20 if torch.cuda.is_available() else 1
         display = TQDMProgressBar(refresh_rate=every, leave=True) if interactive else self.log_lines
+        kwargs |= trainer_options(given.get("devices", "auto"), given.get("num_nodes") or 1, os.environ)
+        if given.get("strategy") == "fsdp":
+            kwargs["strategy"] = ShardedStrategy()
         kwargs["enable_progress_bar"] = interactive
-        kwargs["callbacks"] = [*(given.get("callbacks") or []), checkpoints, display]
+        same = OneRun(run, self.resume_step, self.resolved)
+        kwargs["callbacks"] = [*(given.get("callbacks") or []), same, checkpoints, display]
         if given.get("logger") in (None, True):
             kwargs["logger"] = [
                 MetricsCSV(run / "metrics.csv", METRICS, self.resume_step),
@@ -95,23 +112,24 @@ class TrainCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _open_run(self) -> None:
-        """Check an existing run's settings; prepare a new one's folder on the first rank."""
-        data: CacheDataModule = self.datamodule
-        facts = {"data_ids": data.data_ids, "steps_per_epoch": data.steps_per_epoch}
-        if (self.run_folder / "checkpoints" / LAST).is_file():
-            record = RunRecord.read(self.run_folder)
-            if record.compat_id != data.compat_id:
-                raise UserError(
-                    f"{self.run_folder} was trained on caches of compat_id {record.compat_id}, --cache has "
-                    f"{data.compat_id}: they are of different teachers; name another --run or another --cache"
-                )
-            check_same_settings(self.run_folder, self.resolved, facts)
-        elif rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        """Check an existing run's identity, settings and shards; prepare a new one's folder on the first rank."""
+        run, data = self.run_folder, self.datamodule
+        of_cache = Teaching.of(data.caches[0])
+        if (run / "checkpoints" / LAST).is_file():
+            of_run = RunRecord.read(run).teaching(run)
+            require_same_teacher(of_cache, of_run, "Name another --run or another --cache")
+            check_same_settings(run, self.resolved)
+            open_data(run, data.caches)
+            return
+        if self.config.init_from:
+            check_initial(self.config.init_from, self.model.student, of_cache)
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             # No step was saved: what a refused or early stopped start left is begun anew.
-            shutil.rmtree(self.run_folder / "teacher", ignore_errors=True)
+            shutil.rmtree(run / "teacher", ignore_errors=True)
             teacher = data.teacher
-            copy_teacher(teacher.path, self.run_folder)
-            save_settings(self.run_folder, self.resolved, facts)
+            copy_teacher(teacher.path, run)
+            caches = [cache_record(cache) for cache in data.caches]
+            save_settings(run, self.resolved, {"caches": caches, "steps_per_epoch": data.steps_per_epoch})
             # Written last: a folder with run.json has everything else.
             RunRecord(
                 student=self.model.student,
@@ -120,11 +138,13 @@ class TrainCLI(LightningCLI):
                 compat_id=data.compat_id,
                 width=teacher.facts.width,
                 vocab_size=teacher.facts.vocab_size,
-            ).write(self.run_folder)
+                compat=data.compat,
+            ).write(run)
 
     def train(self) -> int:
         """Run or go on; returns the exit status."""
         self.model.trainer, self.trainer.datamodule = self.trainer, self.datamodule  # type: ignore[attr-defined]
+        require_equal_shares(self.datamodule.batch_rows, self.trainer.num_devices * self.trainer.num_nodes)
         total = self.model.total_steps()
         self.log_lines.total_steps = total
         last = self.run_folder / "checkpoints" / LAST
@@ -135,6 +155,9 @@ class TrainCLI(LightningCLI):
             say(f"going on with {self.run_folder} at step {self.resume_step} of {total}")
         else:
             say(f"training {self.run_folder}: {total} steps of {self.datamodule.batch_rows} rows")
+            if self.config.init_from:
+                self.model.configure_model()
+                load_initial(self.config.init_from, self.model.model)
         try:
             place = str(last) if self.resume_step else None
             self.trainer.fit(self.model, self.datamodule, ckpt_path=place, weights_only=True)
@@ -144,7 +167,16 @@ class TrainCLI(LightningCLI):
                 "run the same command to go on",
                 file=sys.stderr,
             )
-            return 128 + interrupted.signal_number
+            # Another status of a rank would have Lightning kill the first one before it has ended.
+            return 128 + interrupted.signal_number if self.trainer.is_global_zero else 0
+        except BaseException as error:
+            end_other_ranks(self.trainer)
+            if is_lost_rank(error):
+                raise UserError(
+                    f"rank {self.trainer.global_rank} lost another rank, whose own message says why: when that is "
+                    "mended, run the same command again"
+                ) from None
+            raise
         best = self.run_folder / "checkpoints" / BEST
         lowest = f", lowest held-out cross-entropy in {best}" if best.is_file() else ""
         say(f"finished {total} steps: {last}{lowest}")

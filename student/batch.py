@@ -48,6 +48,11 @@ class Batch:
         """In pinned memory, from where a copy to a GPU runs beside its work."""
         return self._each(lambda x: x.pin_memory())
 
+    def without_targets(self) -> Batch:
+        """The same rows, of which nothing is to be counted."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{**values, "target_BT": torch.full_like(self.target_BT, IGNORE), "tokens": 0})
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: change(v) for k, v in values.items() if isinstance(v, Tensor) and k != "sequence_id_B"}

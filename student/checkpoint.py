@@ -9,8 +9,9 @@ checkpoints/          last.ckpt, best.ckpt and others: Lightning checkpoints who
 from __future__ import annotations
 
 import pickle
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from pipeline.commit import commit_json, read_json
 from pipeline.errors import UserError
 from pipeline.teacher_folder import TeacherFolder
+from student.identity import Teaching, require_same_teacher, require_teacher_facts
 from student.model import DistilXLSTM, StudentConfig
 from student.seal import check_seal
 
@@ -33,6 +35,7 @@ class RunRecord:
         teacher: the teacher folder, relative to the run folder.
         max_length: longest row the student is trained on.
         compat_id: of the caches it learns from.
+        compat: its fields; None in a record that does not say.
         width, vocab_size: of the teacher it was built for; None in a record that does not say.
     """
 
@@ -42,6 +45,11 @@ class RunRecord:
     compat_id: str
     width: int | None = None
     vocab_size: int | None = None
+    compat: dict[str, Any] | None = None
+
+    def teaching(self, run: Path) -> Teaching:
+        """Which teacher the run learns from."""
+        return Teaching(str(run), self.compat_id, self.compat)
 
     def write(self, run: Path) -> None:
         """Commit `run.json`."""
@@ -64,7 +72,8 @@ class RunRecord:
             shape = values["student"]
             if shape.get("slstm_at") is not None:
                 shape["slstm_at"] = tuple(shape["slstm_at"])
-            return RunRecord(**{**values, "student": StudentConfig(**shape)})
+            known = {field.name for field in fields(RunRecord)}
+            return RunRecord(**{**{k: v for k, v in values.items() if k in known}, "student": StudentConfig(**shape)})
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} was written by another version ({error}): train again with this one") from None
 
@@ -97,8 +106,10 @@ def load_student(run: Path, checkpoint: str = "last") -> tuple[DistilXLSTM, Teac
     run = Path(run)
     record = RunRecord.read(run)
     teacher = TeacherFolder(run / record.teacher)
+    if record.compat is not None:
+        require_teacher_facts(record.compat, run, teacher.facts, teacher.path)
     path = checkpoint_path(run, checkpoint)
-    state = _read_state(path)
+    state = _read_state(path, record.teaching(run))
     found = {"width": _width(state), "vocab_size": record.vocab_size}
     for name, value in found.items():
         of_teacher = getattr(teacher.facts, name)
@@ -121,11 +132,19 @@ def load_student(run: Path, checkpoint: str = "last") -> tuple[DistilXLSTM, Teac
     return model.eval(), teacher
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def checkpoint_teaching(path: Path | str, content: dict[str, Any]) -> Teaching | None:
+    """Which teacher a checkpoint's student learnt from; None if it does not say."""
+    found = content.get("compat_id")
+    return None if found is None else Teaching(str(path), found, content.get("compat"))
+
+
+def _read_state(path: Path, of_run: Teaching) -> dict[str, Tensor]:
     check_seal(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         state = content["state_dict"]
+        if (teaching := checkpoint_teaching(path, content)) is not None:
+            require_same_teacher(teaching, of_run, "Choose a checkpoint of this run")
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as a checkpoint ({reason}): choose another one") from None

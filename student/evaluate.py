@@ -34,6 +34,7 @@ from pipeline.errors import UserError, run_command
 from student.batch import Batch
 from student.checkpoint import RunRecord, load_student
 from student.data import SplitLoader
+from student.identity import Teaching, require_same_teacher
 from student.metrics import NAMES, Positions, Sums, unigram_log_probabilities
 from student.model import DistilXLSTM
 
@@ -84,11 +85,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         raise UserError("--batch_rows and --max_rows must be 1 or more")
     run, cache = Path(options.run), Cache(options.cache)
     record = RunRecord.read(run)
-    if record.compat_id != cache.manifest.compat_id:
-        raise UserError(
-            f"{run} has compat_id {record.compat_id}, {cache.path} has {cache.manifest.compat_id}: they are of "
-            "different teachers; name a cache of the run's teacher"
-        )
+    require_same_teacher(Teaching.of(cache), record.teaching(run), "Name a cache of the run's teacher")
     if not cache.shards("heldout"):
         raise UserError(f"{cache.path} has no held-out shards: dump some (the dump's held-out units), or name another")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -211,6 +208,10 @@ def measure(
 def load_teacher(options: EvaluateOptions, cache: Cache, device: torch.device) -> Callable[[Tensor], Tensor]:
     """The teacher through transformers in float32: ids (1, T) -> logits (T, V)."""
     source = options.teacher or cache.manifest.teacher_path
+    if options.teacher is None and not Path(source).is_dir():  # a stranger's manifest must not choose a download
+        raise UserError(
+            f"--full_kl: the manifest's teacher {source!r} is not here: name its folder or hub id with --teacher"
+        )
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -218,7 +219,8 @@ def load_teacher(options: EvaluateOptions, cache: Cache, device: torch.device) -
         raise UserError("--full_kl needs the package transformers: install it, or leave --full_kl out") from None
     logging.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        # Safetensors only: other weights are pickles.
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--full_kl: no teacher at {source!r} ({reason}): name its folder with --teacher") from None

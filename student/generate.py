@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pipeline.config import parse_into
-from pipeline.errors import UserError, run_command
+from pipeline.errors import UserError, one_line, run_command
 from pipeline.teacher_folder import TeacherFolder
 from student.checkpoint import load_student
 from student.model import DistilXLSTM
@@ -146,7 +146,10 @@ def encode_prompt(prompt: str, teacher: TeacherFolder) -> list[int]:
     start = teacher.facts.separator_id if teacher.facts.bos_id is None else teacher.facts.bos_id
     if not prompt:
         return [start]
-    ids: list[int] = Tokenizer.from_file(str(path)).encode(prompt, add_special_tokens=False).ids
+    try:
+        ids: list[int] = Tokenizer.from_file(str(path)).encode(prompt, add_special_tokens=False).ids
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise UserError(f"{path} is damaged ({one_line(error)[:200]}): restore the run's teacher folder") from None
     if max(ids, default=0) >= teacher.facts.vocab_size:
         raise UserError(
             f"{path} gives id {max(ids)}, but the student's vocabulary has {teacher.facts.vocab_size}: the tokenizer "

@@ -27,6 +27,8 @@ from xlstm import mLSTMBlock
 
 EPS = 1e-6  # of the package's normaliser
 CHUNK = 64
+KERNEL_CHUNK = 128
+LAUNCH_LIMIT = 65_535  # rows x heads x chunks of one launch of the kernel: CUDA's limit of a grid's third dimension
 
 
 @dataclass(frozen=True)
@@ -131,13 +133,24 @@ def _mlstm_kernel(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor, igate_BHT: Ten
     the norm over each head that follows the cell cancels."""
     from mlstm_kernels.torch.chunkwise.triton_xl_chunk import mlstm_chunkwise__xl_chunk
 
-    length = q_BHTd.shape[-2]
-    padded = -(-length // 128) * 128 if length > 64 else max(16, 1 << (length - 1).bit_length())
+    heads, length = q_BHTd.shape[1:3]
+    padded = -(-length // KERNEL_CHUNK) * KERNEL_CHUNK if length > 64 else max(16, 1 << (length - 1).bit_length())
+    rows = LAUNCH_LIMIT // (heads * -(-padded // KERNEL_CHUNK))
+    if not rows:
+        return mlstm_chunkwise(q_BHTd, k_BHTd, v_BHTd, igate_BHT, fgate_BHT)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q_BHTd.dtype
-    qkv = (F.pad(x.to(dtype), (0, 0, 0, padded - length)) for x in (q_BHTd, k_BHTd, v_BHTd))
-    gates = (F.pad(x.float(), (0, padded - length)) for x in (igate_BHT, fgate_BHT))
+    qkv = [x.to(dtype) for x in (q_BHTd, k_BHTd, v_BHTd)]
+    gates = [x.float() for x in (igate_BHT, fgate_BHT)]
+    if padded > length:  # padding by nothing would copy
+        qkv = [F.pad(x, (0, 0, 0, padded - length)) for x in qkv]
+        gates = [F.pad(x, (0, padded - length)) for x in gates]
+    parts = []
     with torch.autocast("cuda", enabled=False):  # which would round the gates to bfloat16
-        h_BHTd = mlstm_chunkwise__xl_chunk(*qkv, *gates, eps=EPS, chunk_size=128, autocast_kernel_dtype=dtype)
+        for part in zip(*(x.split(rows) for x in (*qkv, *gates)), strict=True):
+            parts.append(
+                mlstm_chunkwise__xl_chunk(*part, eps=EPS, chunk_size=KERNEL_CHUNK, autocast_kernel_dtype=dtype)
+            )
+    h_BHTd = parts[0] if len(parts) == 1 else torch.cat(parts)
     return h_BHTd[..., :length, :]
 
 

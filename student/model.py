@@ -10,6 +10,7 @@ Legend: B rows, T tokens, N positions in any order, D width, V vocabulary, n = T
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -119,7 +120,7 @@ class DistilXLSTM(nn.Module):
         # One buffer where the two are tied: `to(device)` would make two of a shared one.
         untied = None if facts.tied else tensors["head_VD"].detach()
         self.register_buffer("untied_head_VD", untied, persistent=False)
-        self.stack = xLSTMBlockStack(_stack_config(config, facts.width))
+        self.stack = xLSTMBlockStack(stack_config(config, facts.width))
         for block in self.stack.blocks:
             (use_cell_backend if isinstance(block, mLSTMBlock) else use_scan_cell)(block)
         self.final_norm: nn.Module
@@ -205,8 +206,31 @@ class DistilXLSTM(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
+MOST_OF = {"blocks": 1024, "heads": 4096, "conv_kernel": 1024, "mlstm_qkv_blocksize": 1 << 16}
+"""Largest whole numbers of a configuration: a run from someone else must not ask for any memory it likes."""
+MOST_FACTOR = 64.0
+
+
+def _check_types(config: StudentConfig) -> None:
+    """A configuration may come from the run.json of someone else, which holds whatever it holds."""
+    for name, most in MOST_OF.items():
+        value = getattr(config, name)
+        if type(value) is not int or not -most <= value <= most:
+            raise UserError(f"student.{name}={reprlib.repr(value)}: must be a whole number of at most {most}")
+    for name in ("mlstm_projection", "slstm_feedforward"):
+        value = getattr(config, name)
+        if type(value) not in (int, float) or not 0 < value <= MOST_FACTOR:
+            raise UserError(f"student.{name}={reprlib.repr(value)}: must be a number above 0, at most {MOST_FACTOR:g}")
+    at = config.slstm_at
+    if at is not None and not (isinstance(at, list | tuple) and all(type(index) is int for index in at)):
+        raise UserError(f"student.slstm_at={reprlib.repr(at)}: must be a list of block numbers")
+    if config.final_norm not in ("layernorm", "teacher"):
+        raise UserError(f"student.final_norm={reprlib.repr(config.final_norm)}: must be layernorm or teacher")
+
+
 def check_shape(config: StudentConfig, width: int) -> None:
     """Raise `UserError` naming the field if the configuration cannot be built at this width."""
+    _check_types(config)
     if config.blocks < 1 or config.heads < 1 or config.conv_kernel < 2:
         raise UserError(
             f"student needs blocks >= 1, heads >= 1 and conv_kernel >= 2, found blocks={config.blocks}, "
@@ -240,12 +264,23 @@ def _mlstm_layer_config(config: StudentConfig, width: int) -> mLSTMLayerConfig:
     )
 
 
-def _stack_config(config: StudentConfig, width: int) -> xLSTMBlockStackConfig:
+def stack_config(
+    config: StudentConfig,
+    width: int,
+    context_length: int = 1,
+    slstm_backend: Literal["vanilla", "cuda"] = "vanilla",
+) -> xLSTMBlockStackConfig:
+    """The package's configuration of the blocks.
+
+    Args:
+        context_length: sizes nothing but the package's causal mask, which our cell backend does not use.
+        slstm_backend: of the package's own sLSTM cell, which ours takes the place of.
+    """
     slstm_at = config.slstm_blocks()
     mlstm = mLSTMBlockConfig(mlstm=_mlstm_layer_config(config, width))
     slstm = sLSTMBlockConfig(
         slstm=sLSTMLayerConfig(
-            backend="vanilla",
+            backend=slstm_backend,
             num_heads=config.heads,
             conv1d_kernel_size=config.conv_kernel,
             bias_init="powerlaw_blockdependent",
@@ -255,7 +290,7 @@ def _stack_config(config: StudentConfig, width: int) -> xLSTMBlockStackConfig:
     return xLSTMBlockStackConfig(
         mlstm_block=mlstm if len(slstm_at) < config.blocks else None,
         slstm_block=slstm if slstm_at else None,
-        context_length=1,  # sizes nothing but a causal mask, which our cell backend does not use
+        context_length=context_length,
         num_blocks=config.blocks,
         embedding_dim=width,
         add_post_blocks_norm=False,

@@ -19,16 +19,21 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import UserError
 from student.batch import IGNORE, Batch
 from student.finite import FiniteWatch
+from student.identity import Teaching, require_same_teacher
 from student.losses.attention import Sign, Sinks, attention_alignment
 from student.losses.frobenius import frobenius, require_hidden
 from student.losses.fused import Head, KDSums, TeacherTopK, fused_kd_sums
 from student.losses.sparse_kd import interpolation_weights, log_tail_at
 from student.model import DistilXLSTM, StudentConfig
+from student.ranks import over_ranks
 from student.schedule import DeltaSchedule, StepCounter
+from student.sharding import ShardedStrategy, shard, whole
 
 METRICS = (
     "train/loss",
@@ -162,15 +167,24 @@ class DistillModule(LightningModule):
         self._heldout: list[Tensor] = []
         self._batch_ids: list[int] = []
         self._watch = FiniteWatch()
+        self._norm: Tensor = torch.zeros(())
 
     def configure_model(self) -> None:
-        """Build the student from the data module's teacher, once."""
-        if self.model is not None:
-            return
+        """Build the student from the data module's teacher, once; cut it over the ranks where the strategy says so."""
+        if self.model is None:
+            self.model = self._built()
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy) and strategy.is_set_up and not isinstance(self.model, FSDPModule):
+            shard(self.model, strategy.device_mesh["data_parallel"])
+
+    def _built(self) -> DistilXLSTM:
         data = self._data
         student = DistilXLSTM(self.student, data.teacher.facts, data.teacher.tensors(), data.max_length)
         self.loss.check(data.taus, data.has_hidden, data.pool_block > 0, len(student.mlstm_blocks))
-        self.model = student
+        # Frozen and read by every rank from the same file: DDP would send them round before each step.
+        frozen = [f"model.{name}" for name, _ in student.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
+        return student
 
     @property
     def _data(self) -> Any:
@@ -197,12 +211,20 @@ class DistillModule(LightningModule):
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.optimizer.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        # Fused: a pass over the weights, and one that can be told on the device to leave them alone (`FiniteWatch`).
-        fused = True if all(p.is_cuda for p in trained) else None
-        optimizer = torch.optim.AdamW(groups, lr=self.optimizer.lr, betas=self.optimizer.betas, fused=fused)
+        optimizer = torch.optim.AdamW(groups, lr=self.optimizer.lr, betas=self.optimizer.betas, fused=self._fused())
         total = self.total_steps()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optimizer.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _fused(self) -> bool | None:
+        """On a GPU: a pass over the weights, and one that the device can be told to leave out (`FiniteWatch`).
+
+        Not with float16's loss scaler, which a fused optimiser would have to apply itself, after the clipping; nor
+        where weights are cut over ranks.
+        """
+        strategy = self.trainer.strategy
+        plain = self.trainer.scaler is None and not isinstance(strategy, ShardedStrategy)
+        return True if strategy.root_device.type == "cuda" and plain else None
 
     def on_train_start(self) -> None:
         self._tokens, self._since = 0, time.perf_counter()
@@ -228,7 +250,7 @@ class DistillModule(LightningModule):
         count = self._mean_over_ranks((batch.target_BT != IGNORE).sum()).clamp_min(1)
         sums = self._kd(batch, h_BTD, 1 - alpha - config.beta, alpha * tau**2, tau)
         loss = sums.total / count
-        logged: dict[str, Any] = {"train/ce": sums.ce / count, "alpha": alpha, "tau": tau}
+        logged = {"train/ce": sums.ce / count}
         if alpha > 0:
             logged["train/kl_k1"] = sums.kl_k1 / count
         length = batch.input_ids_BT.shape[1]
@@ -248,21 +270,40 @@ class DistillModule(LightningModule):
                 config.attention_sign,
                 config.attention_sinks,
                 config.attention_normalise_rows,
+                self._mean_over_ranks,
             )
             loss = loss + config.gamma * term
             logged["train/attention"] = term.detach()
-        self._watch.loss(loss.detach(), self.trainer.global_step, self._batch_ids)
-        logged["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        logged = self._of_all_ranks({**logged, "train/loss": loss.detach()})
+        # Of all ranks: where one's is not finite, all stop, and none waits for another.
+        self._watch.loss(self._seen(logged["train/loss"]), self.trainer.global_step, self._batch_ids)
+        self.log("train/loss", logged.pop("train/loss"), prog_bar=True)
+        logged |= {"alpha": _on_host(alpha), "tau": _on_host(tau)}
+        logged["lr"] = _on_host(self.trainer.optimizers[0].param_groups[0]["lr"])
         self.log_dict(logged)
-        self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         if self.trainer.scaler is None:  # float16's loss scaler meets infinities by itself
-            self._watch.gradients(norm, optimizer)
+            self._watch.gradients(self._seen(norm), optimizer)
+        self._norm = norm
         self.log("grad_norm", norm)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, by the norm that was just measured. Lightning's own clipping refuses every fused optimiser."""
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._norm)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device, non_blocking=True)
@@ -272,7 +313,8 @@ class DistillModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self._tokens += batch.tokens * self.trainer.world_size
-        self.log("tokens_per_second", self._tokens / (time.perf_counter() - self._since), prog_bar=True)
+        speed = self._tokens / (time.perf_counter() - self._since)
+        self.log("tokens_per_second", _on_host(speed), prog_bar=True)
         every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if self.trainer.global_step % every == 0:
             self._tokens, self._since = 0, time.perf_counter()
@@ -288,13 +330,13 @@ class DistillModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         if self._heldout:
-            ce, kl, count = torch.stack(self._heldout).sum(0)
+            ce, kl, count = over_ranks(torch.stack(self._heldout).sum(0))
             self.log_dict({"val/ce": ce / count, "val/kl_k1": kl / count})
         self._tokens, self._since = 0, time.perf_counter()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._watch.wait()
-        checkpoint["compat_id"] = self._data.compat_id
+        checkpoint["compat_id"], checkpoint["compat"] = self._data.compat_id, self._data.compat
         checkpoint["step_counter"] = self.counter.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -303,13 +345,13 @@ class DistillModule(LightningModule):
         Raises:
             UserError: the checkpoint was trained on another teacher's cache.
         """
-        found, wanted = checkpoint["compat_id"], self._data.compat_id
-        if found != wanted:
-            raise UserError(
-                f"the checkpoint has compat_id {found}, the cache has {wanted}: they are of different teachers; name a "
-                "cache of the checkpoint's teacher, or another --run"
-            )
+        found = Teaching("the checkpoint", checkpoint["compat_id"], checkpoint.get("compat"))
+        remedy = "Name a cache of the checkpoint's teacher, or another --run"
+        require_same_teacher(found, Teaching.of(self._data.caches[0]), remedy)
         self.counter.load_state_dict(checkpoint["step_counter"])
+        for state in checkpoint.get("optimizer_states", ()):
+            for group in state["param_groups"]:  # of the device it was written on
+                group["fused"] = self._fused()
 
     def _forward(self, batch: Batch, with_maps: bool = False) -> tuple[Tensor, dict[int, Tensor]]:
         assert self.model is not None
@@ -343,4 +385,20 @@ class DistillModule(LightningModule):
         """Lightning averages gradients over ranks: dividing sums by the mean count averages over all ranks' targets."""
         if self.trainer.world_size == 1:
             return count.float()
-        return self.all_gather(count.float()).mean()  # type: ignore[union-attr, return-value]
+        return over_ranks(count.float()) / self.trainer.world_size
+
+    def _seen(self, value: Tensor) -> Tensor:
+        """As `FiniteWatch` wants it: only a fused optimiser can be told on the device."""
+        return value.cpu() if isinstance(self.trainer.strategy, ShardedStrategy) else value
+
+    def _of_all_ranks(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is logged is the whole batch's: each rank's values are its part of it times the number of ranks."""
+        if self.trainer.world_size == 1:
+            return values
+        means = over_ranks(torch.stack([value.detach().float() for value in values.values()])) / self.trainer.world_size
+        return dict(zip(values, means.unbind(), strict=True))
+
+
+def _on_host(value: float) -> Tensor:
+    """A number to be logged. Lightning would copy a bare one to the GPU, and the host would wait for all its work."""
+    return torch.tensor(value, dtype=torch.float64, device="cpu")

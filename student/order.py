@@ -15,6 +15,9 @@ import numpy as np
 
 from pipeline.index import ShardEntries, ShardEntry
 
+PIECE = 1 << 18
+"""Groups whose rows are counted at one time."""
+
 
 class RowGroups:
     """The row groups of N shards in canonical order, held as two numbers a shard.
@@ -43,8 +46,12 @@ class RowGroups:
 
     def rows_of(self, group: int) -> int:
         """Rows of a group."""
-        shard, number = self.find(group)
-        return min(self.size, int(self.entries.rows[shard]) - number * self.size)
+        return int(self.rows_of_each(np.array([group]))[0])
+
+    def rows_of_each(self, group_M: np.ndarray) -> np.ndarray:
+        """Rows of each of M groups."""
+        shard_M = np.searchsorted(self.first_N, group_M, side="right") - 1
+        return np.minimum(self.size, self.entries.rows[shard_M] - (group_M - self.first_N[shard_M]) * self.size)
 
 
 def group_order(groups: int, seed: int, epoch: int) -> np.ndarray:
@@ -56,7 +63,10 @@ def group_order(groups: int, seed: int, epoch: int) -> np.ndarray:
 
 def epoch_rows(groups: RowGroups, seed: int, epoch: int, window: int, skip: int = 0) -> Iterator[tuple[int, int]]:
     """(group, row) of one epoch, every row once, from the one numbered `skip` on."""
-    for group_M, row_M in _blocks(groups, seed, epoch, window):
+    order = group_order(len(groups), seed, epoch)
+    start, passed = _last_start(groups, order, seed, epoch, window, skip)
+    skip -= passed
+    for group_M, row_M in _blocks(groups, order, seed, epoch, window, start):
         if skip >= len(row_M):
             skip -= len(row_M)
             continue
@@ -64,18 +74,44 @@ def epoch_rows(groups: RowGroups, seed: int, epoch: int, window: int, skip: int 
         skip = 0
 
 
-def _blocks(groups: RowGroups, seed: int, epoch: int, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Groups (M,) and rows (M,) in order, a piece for each step of p."""
+def _places(groups: RowGroups, order: np.ndarray, seed: int, epoch: int, window: int, p: int) -> np.ndarray:
+    """Where the rows of the p-th group come."""
+    return p + np.random.default_rng([seed, epoch, 1 + p]).random(groups.rows_of(int(order[p]))) * window
+
+
+def _last_start(groups: RowGroups, order: np.ndarray, seed: int, epoch: int, window: int, skip: int) -> tuple[int, int]:
+    """A step p near which row number `skip` comes, not after it, and how many rows come before p; without reading the
+    order up to there: the rows before p are all those of groups up to p - window, and some of the few after them."""
+    p, opened = (
+        0,
+        0,
+    )  # rows of groups before the p-th, which cannot come after all of `skip` rows as long as opened <= skip
+    while p < len(order):
+        ends = opened + np.cumsum(groups.rows_of_each(order[p : p + PIECE]))
+        fitting = int(np.searchsorted(ends, skip, side="right"))
+        p, opened = p + fitting, int(ends[fitting - 1]) if fitting else opened
+        if fitting < len(ends):
+            break
+    late = sum(int((_places(groups, order, seed, epoch, window, i) >= p).sum()) for i in range(max(0, p - window), p))
+    return p, opened - late
+
+
+def _blocks(
+    groups: RowGroups, order: np.ndarray, seed: int, epoch: int, window: int, start: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Groups (M,) and rows (M,) in order, a piece for each step of p from `start` on."""
     place_M, group_M, row_M = np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for p, group in enumerate(group_order(len(groups), seed, epoch)):
-        count = groups.rows_of(int(group))
-        places = p + np.random.default_rng([seed, epoch, 1 + p]).random(count) * window
+    for p in range(max(0, start - window), len(order)):
+        places = _places(groups, order, seed, epoch, window, p)
         place_M = np.concatenate([place_M, places])
-        group_M = np.concatenate([group_M, np.full(count, group, np.int64)])
-        row_M = np.concatenate([row_M, np.arange(count)])
+        group_M = np.concatenate([group_M, np.full(len(places), order[p], np.int64)])
+        row_M = np.concatenate([row_M, np.arange(len(places))])
         due_M = place_M < p + 1  # groups after this one have later places
-        order_M = np.argsort(place_M[due_M], kind="stable")
-        yield group_M[due_M][order_M], row_M[due_M][order_M]
+        if p >= start:
+            now_M = due_M & (place_M >= start)
+            order_M = np.argsort(place_M[now_M], kind="stable")
+            yield group_M[now_M][order_M], row_M[now_M][order_M]
         place_M, group_M, row_M = place_M[~due_M], group_M[~due_M], row_M[~due_M]
-    order_M = np.argsort(place_M, kind="stable")
-    yield group_M[order_M], row_M[order_M]
+    rest_M = place_M >= start
+    order_M = np.argsort(place_M[rest_M], kind="stable")
+    yield group_M[rest_M][order_M], row_M[rest_M][order_M]

@@ -1,7 +1,7 @@
 """What a run folder keeps besides its checkpoints, and what must not change when a run goes on.
 
 config.yaml    the resolved configuration the run was started with
-data.json      the caches' data_ids and how many steps an epoch had
+data.json      the caches it was started on: identities field by field, units; how many steps an epoch had
 run.json       the student's record, see `student/checkpoint.py`
 teacher/       the cache's teacher folder (hard links where the file system has them)
 metrics.csv    one line per logged step, see `MetricsCSV`
@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.commit import commit_bytes, commit_file, commit_json, read_json
 from pipeline.errors import UserError
+from student.identity import RunCache, require_same_data
 from student.seal import check_seal
 
 FIXED_TRAINER_OPTIONS = (
@@ -62,7 +63,7 @@ def save_settings(run: Path, config: dict[str, Any], data: dict[str, Any]) -> No
     commit_json(run / "data.json", data)
 
 
-def check_same_settings(run: Path, config: dict[str, Any], data: dict[str, Any]) -> None:
+def check_same_settings(run: Path, config: dict[str, Any]) -> None:
     """Compare with what the run was started with.
 
     Raises:
@@ -77,18 +78,21 @@ def check_same_settings(run: Path, config: dict[str, Any], data: dict[str, Any])
             f"{run} was started with other settings: {'; '.join(differing)}. Use its own (they are in "
             f"{run}/config.yaml), or name another --run"
         )
+
+
+def open_data(run: Path, caches: list[RunCache]) -> None:
+    """Restrict the caches to the units that the run was started on.
+
+    Raises:
+        UserError: see `require_same_data`; or the run was started by a version that did not record them.
+    """
     record = read_json(run / "data.json")
-    if record["data_ids"] != data["data_ids"]:
+    if "caches" not in record:
         raise UserError(
-            f"{run} was started on caches with data_id {', '.join(record['data_ids'])}, --cache has "
-            f"{', '.join(data['data_ids'])}: name the same caches, or another --run"
+            f"{run}/data.json was written by an earlier version, which did not keep the shards a run was started on: "
+            f"start a new --run with --init_from {run}"
         )
-    if record["steps_per_epoch"] != data["steps_per_epoch"]:
-        raise UserError(
-            f"{run} was started when an epoch of its caches had {record['steps_per_epoch']} steps, now it has "
-            f"{data['steps_per_epoch']}: shards were added or removed since, so the order of rows is another; "
-            "start a new --run, or restore the shards"
-        )
+    require_same_data(run, record["caches"], caches)
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +100,7 @@ def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     flat = {f"{part}.{k}": v for part in ("model", "data") for k, v in _flatten(config.get(part) or {}).items()}
     trainer = config.get("trainer") or {}
     flat |= {f"trainer.{name}": trainer.get(name) for name in FIXED_TRAINER_OPTIONS}
-    flat["seed_everything"] = config.get("seed_everything")
+    flat |= {"seed_everything": config.get("seed_everything"), "init_from": config.get("init_from") or ""}
     flat.pop("data.cache", None)  # a cache may move: its data_id says whether it is the same
     return flat
 

@@ -10,8 +10,8 @@ m only scales c and n alike, so y does not depend on it and its gradient is zero
 
 The package has two cells for this, `vanilla` (a Python loop that autograd records) and `cuda` (compiled at first use),
 which lay the same parameters out differently. `ScanCell` keeps vanilla's layout always, so a checkpoint is the same
-wherever it was written. On a GPU it runs `slstm_triton`, or the CUDA kernel for heads wider than that takes, laying the
-parameters out at each call; elsewhere `slstm_scan`.
+wherever it was written. On a GPU it runs `slstm_triton`; heads wider than that takes are trained by the CUDA kernel,
+the parameters laid out at each call. Elsewhere, and for such heads without gradients, `slstm_scan`.
 
 Legend: T tokens, B rows, H heads, d head width, g = 4·d: the gates i, f, z, o of one head, in
 that order.
@@ -31,7 +31,10 @@ from xlstm.blocks.slstm.cell import DTYPES, sLSTMCell_vanilla, sLSTMCellConfig, 
 
 from student.mlstm import conv_inputs, last_inputs
 
-WIDEST_TRITON_HEAD = 128
+
+def widest_triton_head(dtype: torch.dtype) -> int:
+    """Widest head whose four recurrent matrices fit into an SM's shared memory (227 KB on Hopper)."""
+    return 128 if dtype in (torch.bfloat16, torch.float16) else 64
 
 
 class _Scan(torch.autograd.Function):
@@ -144,13 +147,14 @@ class ScanCell(sLSTMCell_vanilla):
         dtype = torch.promote_types(input.dtype, torch.float32)
         if state is None:
             state = input.new_zeros(4, batch, heads * width, dtype=dtype)
-        if input.is_cuda and length > 1 and width <= WIDEST_TRITON_HEAD:
+        if input.is_cuda and length > 1 and width <= widest_triton_head(input.dtype):
             from student.slstm_triton import slstm_recurrence
 
             R_Hgd, bias_G = self._recurrent_kernel_, self._bias_.flatten()
             y_BTHd, state = slstm_recurrence(input, R_Hgd, bias_G, state.float())
             return y_BTHd.transpose(1, 2), state
-        if input.is_cuda and length > 1:
+        # Nothing is compiled for an evaluation or a prompt.
+        if input.is_cuda and length > 1 and torch.is_grad_enabled():
             y_TBHd, state = self._cuda_kernel(input_TB4Hd, state)
         else:
             biased = input_TB4Hd.to(dtype) + self._bias_.view(4, heads, width)

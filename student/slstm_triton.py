@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from student.slstm import WIDEST_TRITON_HEAD
+from student.slstm import widest_triton_head
 
 ROWS = 16
 """P: the fewest a tensor core's product takes; more programs then, and each step is short."""
@@ -28,7 +28,8 @@ def _gate_input(x_ptr, at, bias, inside):
     return tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + bias
 
 
-@triton.jit
+# An argument that is 1 would become a constant, which `to` cannot widen: batches of one row would not compile.
+@triton.jit(do_not_specialize=["batch", "length"])
 def _forward(
     x_ptr, x_b, x_t, R_ptr, bias_ptr, state_ptr, y_ptr, gates_ptr, carry_ptr, last_ptr, batch, length,
     H: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, P: tl.constexpr, SAVE: tl.constexpr, DOT: tl.constexpr,
@@ -99,7 +100,7 @@ def _forward(
     tl.store(last_ptr + 3 * plane + state_at, m, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "length"])
 def _backward(
     dy_ptr, dy_b, dy_t, dy_h, R_ptr, state_ptr, gates_ptr, carry_ptr, dx_ptr, batch, length,
     H: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -257,10 +258,11 @@ def slstm_recurrence(x_BTG: Tensor, R_Hgd: Tensor, bias_G: Tensor, state_4BW: Te
         y_BTHd and the state after the last step, a constant too.
 
     Raises:
-        ValueError: the heads are wider than `WIDEST_TRITON_HEAD`.
+        ValueError: the heads are wider than `widest_triton_head` of the inputs' dtype.
     """
-    if R_Hgd.shape[2] > WIDEST_TRITON_HEAD:
-        raise ValueError(f"sLSTM heads of width {R_Hgd.shape[2]}: the kernel takes at most {WIDEST_TRITON_HEAD}")
+    widest = widest_triton_head(x_BTG.dtype)
+    if R_Hgd.shape[2] > widest:
+        raise ValueError(f"sLSTM heads of width {R_Hgd.shape[2]}: the kernel takes at most {widest} in {x_BTG.dtype}")
     y_BTHd, last_4BW = _Recurrence.apply(  # type: ignore[no-untyped-call]
         x_BTG.contiguous(), R_Hgd.contiguous(), bias_G.contiguous(), state_4BW.contiguous()
     )

@@ -17,6 +17,7 @@ from typing import Any
 import fsspec
 
 from pipeline.errors import UserError, one_line
+from pipeline.schema import MOST_ID_BYTES
 from teacher_dump.corpus_files import SourceFile, describe_file, kind_of
 from teacher_dump.embedded import resolve_embedded
 
@@ -31,7 +32,8 @@ class CorpusConfig:
     text_field: str = "text"
     """field or column that holds a document's text"""
     id_field: str = "id"
-    """field or column that holds a document's id; where a document lacks it, FILE:POSITION serves"""
+    """field or column that holds a document's id; where a document lacks it, or has one of more than 1024 bytes,
+    FILE:POSITION serves"""
     hub_config: str | None = None
     """configuration name of a hub data set"""
     hub_split: str = "train"
@@ -44,8 +46,9 @@ class CorpusConfig:
     """a unit is given this much text for each of its tokens; too little, and units fall short"""
     range_bytes: int = 262_144
     """a unit is given at least this much text, so that small units still meet the start of a document"""
-    max_document_bytes: int = 64_000_000
-    """a longer line or document stops the run instead of filling the memory"""
+    max_document_bytes: int = 16_000_000
+    """a longer line or document stops the run, naming file and position, instead of filling the memory: tokenising
+    takes some 130 bytes for each of its bytes; raised, the dump goes on where it stopped"""
 
 
 @dataclass(frozen=True)
@@ -127,25 +130,29 @@ def read_range(config: CorpusConfig, files: list[SourceFile], start: int, end: i
 
 
 def _document(config: CorpusConfig, file: SourceFile, position: int, value: Any) -> Document:
-    where = f"{file.path.rsplit('/', 1)[-1]}:{position}"  # not the folder: rows do not depend on where a corpus lies
+    # Not the folder: rows do not depend on where a corpus lies.
+    where = f"{file.path.rsplit('/', 1)[-1][-255:]}:{position}"
     if file.kind == "text":
         return Document(where, _decode(file, position, value))
     if isinstance(value, bytes):
         try:
             value = json.loads(_decode(file, position, value))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # lists within lists, a thousand deep
             raise UserError(
-                f"{file.path}: the line at byte {position} is not JSON ({error}); mend or remove it"
+                f"{file.path}: the line at byte {position} is not JSON ({one_line(error)}); mend or remove it"
             ) from None
     if not isinstance(value, dict) or not isinstance(value.get(config.text_field), str):
-        found = sorted(value) if isinstance(value, dict) else type(value).__name__
+        found = sorted(value)[:20] if isinstance(value, dict) else type(value).__name__
         raise UserError(
             f"{file.path}: the document at position {position} has no text in field {config.text_field!r} "
             f"(found {found}): "
             "name the right one with corpus.text_field"
         )
     name = value.get(config.id_field)
-    document = Document(where if name is None else str(name), value[config.text_field])
+    name = str(name) if isinstance(name, str | int | float) else where
+    if len(name) > MOST_ID_BYTES or len(name.encode("utf-8", "replace")) > MOST_ID_BYTES:
+        name = where
+    document = Document(name, value[config.text_field])
     try:
         document.id.encode(), document.text.encode()
     except UnicodeEncodeError as error:

@@ -12,15 +12,25 @@ from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 import zstandard
 
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError, named, one_line
+from pipeline.fields import Fields
+from pipeline.thrift import Malformed
+from teacher_dump.corpus_parquet import CorpusParquet
 
 FULL_HASH_BYTES = 256 << 20
 """Local files up to this size are hashed whole; of larger ones, 64 blocks spread over the file."""
 BLOCK = 1 << 20
 INDEX_STRIDE = 1 << 20
+FED_BYTES = 1024
+"""Compressed bytes given to zstd at once: at its greatest ratio they become 32 MB."""
+MOST_WINDOW = 1 << 27
+"""Bytes of text that a zstd frame may refer back to, and so the memory that reading it takes."""
+MOST_RATIO = 1000
+"""Text that shrinks to less than a thousandth is no text; smaller files may."""
+RATIO_BYTES = 1 << 28
+MOST_INDEX = 1 << 22
 BLANK_BYTES = 1024
 """A line of white space shorter than this is blank: how far back one must look to see whether a paragraph begins."""
 ENDINGS = {
@@ -31,6 +41,7 @@ ENDINGS = {
     ".json": "jsonl",
     ".txt": "text",
 }
+INDEXED = ("parquet", "jsonl.zst")
 
 
 def kind_of(path: str) -> str | None:
@@ -67,22 +78,52 @@ class SourceFile:
         return {**asdict(self), "index": [list(entry) for entry in self.index]}
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> SourceFile:
-        return cls(**{**record, "index": tuple((int(a), int(b)) for a, b in record["index"])})
+    def from_record(cls, record: Any, where: object = "plan.json") -> SourceFile:
+        """A file of a plan.
+
+        Args:
+            where: the plan, for messages.
+
+        Raises:
+            UserError: a field is missing, or has a type or value it cannot have.
+        """
+        given = Fields(record, f"{where}: a file")
+        kind = given.choice("kind", tuple(ENDINGS.values()))
+        index = tuple(tuple(entry) if isinstance(entry, list) else () for entry in given.list("index", MOST_INDEX))
+        whole = all(len(entry) == 2 and all(type(n) is int and 0 <= n < 1 << 60 for n in entry) for entry in index)
+        if not whole or (kind in INDEXED and index[:1] not in (((0, 0),),)):
+            raise given.refusal("index", "a list of pairs of offsets that begins with 0, 0")
+        return cls(
+            path=given.text("path"),
+            kind=kind,
+            extent=given.integer("extent", 1, 1 << 60),
+            text_bytes=given.integer("text_bytes", 1, 1 << 60),
+            fingerprint=given.text("fingerprint", 200),
+            index=index,  # type: ignore[arg-type]
+        )
 
     def read(self, low: int, high: int, text: str, name: str, limit: int) -> Iterator[tuple[int, Any]]:
         """(position, raw value) of the documents that begin in [low, high)."""
+        try:
+            yield from self._documents(low, high, text, name, limit)
+        except OSError as error:
+            raise named(error, self.path) from error
+
+    def _documents(self, low: int, high: int, text: str, name: str, limit: int) -> Iterator[tuple[int, Any]]:
         if self.kind == "parquet":
             yield from self._read_rows(low, high, text, name, limit)
             return
         with _open(self.path) as raw:
-            stream, position = self._seek(raw, low)
-            lines = _paragraphs(stream, position, limit, self.path) if self.kind == "text" else None
-            for start, line in lines or _lines(stream, position, limit, self.path):
-                if start >= high:
-                    return
-                if start >= low and line.strip():
-                    yield start, line
+            try:
+                stream, position = self._seek(raw, low)
+                lines = _paragraphs(stream, position, limit, self.path) if self.kind == "text" else None
+                for start, line in lines or _lines(stream, position, limit, self.path):
+                    if start >= high:
+                        return
+                    if start >= low and line.strip():
+                        yield start, line
+            except zstandard.ZstdError as error:
+                raise _no_zstd(self.path, error) from None
 
     def _seek(self, raw: BinaryIO, low: int) -> tuple[BinaryIO, int]:
         """A stream that begins shortly before `low`: enough to see whether a line or paragraph begins at `low`."""
@@ -90,7 +131,7 @@ class SourceFile:
         if self.kind == "jsonl.zst":
             compressed, position = max(entry for entry in self.index if entry[1] <= before)
             raw.seek(compressed)
-            reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(raw, read_across_frames=True)
+            reader = zstandard.ZstdDecompressor(max_window_size=MOST_WINDOW).stream_reader(raw, read_across_frames=True)
             _skip(reader, before - position, self.path)
             return io.BufferedReader(reader, BLOCK), before  # type: ignore[arg-type, return-value]
         raw.seek(before)
@@ -98,24 +139,25 @@ class SourceFile:
 
     def _read_rows(self, low: int, high: int, text: str, name: str, limit: int) -> Iterator[tuple[int, Any]]:
         with _open(self.path) as raw:
-            file = _parquet(self.path, lambda: pq.ParquetFile(raw))
-            columns = [c for c in (text, name) if c in file.schema_arrow.names]
+            file = _parquet(self.path, lambda: CorpusParquet(self.path, raw))
+            if file.metadata.num_row_groups != len(self.index):
+                raise UserError(
+                    f"corpus file {self.path} has {file.metadata.num_row_groups} row groups, the plan says "
+                    f"{len(self.index)}: the plan is another file's; dump into another folder (CACHE=...)"
+                )
             for group, (_, first) in enumerate(self.index):
                 rows = file.metadata.row_group(group).num_rows
                 if first + rows <= low or first >= high:
                     continue
                 position = first
-                batches = file.iter_batches(batch_size=256, row_groups=[group], columns=columns)
-                while (batch := _parquet(self.path, partial(next, batches, None))) is not None:
-                    for value in batch.to_pylist():
-                        if low <= position < high:
-                            content = value.get(text)
-                            if isinstance(content, str) and len(content) > limit:
-                                raise _too_long(self.path, position, limit)
-                            yield position, value
-                        position += 1
-                    if position >= high:
-                        break
+                values = file.rows(group, text, name, limit)
+                while position < high and (value := _parquet(self.path, partial(next, values, None))) is not None:
+                    if position >= low:
+                        if isinstance(value[text], int):
+                            raise _too_long(self.path, position, limit)
+                        yield position, value
+                    position += 1
+                values.close()
 
 
 def _open(path: str) -> Any:
@@ -207,20 +249,21 @@ def describe_file(path: str, text_field: str) -> SourceFile:
 
 
 def _describe_parquet(path: str, raw: Any, fingerprint: str, text_field: str) -> SourceFile:
-    metadata = _parquet(path, lambda: pq.read_metadata(raw))
-    names = metadata.schema.to_arrow_schema().names
-    if text_field not in names:
-        raise UserError(f"corpus file {path} has no column {text_field!r} (found {names}): set corpus.text_field")
+    file = _parquet(path, lambda: CorpusParquet(path, raw))
+    file.check_text(text_field)
+    metadata = file.metadata
     if metadata.num_rows == 0:
         raise UserError(f"corpus file {path} has no rows: remove it from corpus.source")
     first, starts, text_bytes = 0, [], 0
     for group in range(metadata.num_row_groups):
         meta = metadata.row_group(group)
         starts.append((group, first))
+        if meta.num_rows < 0:
+            raise UserError(f"corpus file {path} has a row group of {meta.num_rows} rows: fetch it again")
         first += meta.num_rows
         for column in range(meta.num_columns):
             if meta.column(column).path_in_schema == text_field:
-                text_bytes += meta.column(column).total_uncompressed_size
+                text_bytes += max(0, meta.column(column).total_uncompressed_size)
     return SourceFile(path, "parquet", first, max(text_bytes, 1), fingerprint, tuple(starts))
 
 
@@ -228,38 +271,48 @@ def _parquet(path: str, read: Callable[[], Any]) -> Any:
     """What `read` returns; Arrow's complaints name the file."""
     try:
         return read()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, Malformed, UnicodeDecodeError) as error:
         raise UserError(f"corpus file {path} is no readable parquet file ({one_line(error)}): fetch it again") from None
+
+
+def _no_zstd(path: str, error: Exception) -> UserError:
+    return UserError(f"corpus file {path} is no valid zstd data ({one_line(error)}): fetch it again")
 
 
 def index_frames(raw: BinaryIO, path: str) -> tuple[tuple[tuple[int, int], ...], int]:
     """Frames of a zstd file as (compressed, uncompressed) offsets about INDEX_STRIDE apart, and its whole length.
 
     Raises:
-        UserError: no zstd data, damaged, or cut in the middle of a frame.
+        UserError: no zstd data, damaged, cut in the middle of a frame, or made to fill a memory or disk.
     """
     entries: list[tuple[int, int]] = []
     consumed, produced = 0, 0
-    pending = b""
+    pending = memoryview(b"")
     while True:
         if not pending:
-            pending = raw.read(BLOCK)
+            pending = memoryview(raw.read(BLOCK))
             if not pending:
                 break
         if not entries or produced - entries[-1][1] >= INDEX_STRIDE:
             entries.append((consumed, produced))
-        frame = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+        frame = zstandard.ZstdDecompressor(max_window_size=MOST_WINDOW).decompressobj()
         try:
             while not frame.eof:
                 if not pending:
-                    pending = raw.read(BLOCK)
+                    pending = memoryview(raw.read(BLOCK))
                     if not pending:
                         raise UserError(f"corpus file {path} was cut in the middle of a zstd frame: fetch it again")
-                produced += len(frame.decompress(pending))
-                consumed += len(pending) - len(frame.unused_data)
-                pending = frame.unused_data
+                produced += len(frame.decompress(pending[:FED_BYTES]))
+                used = min(FED_BYTES, len(pending)) - len(frame.unused_data)
+                consumed += used
+                pending = pending[used:]
+                if produced > RATIO_BYTES + MOST_RATIO * consumed:
+                    raise UserError(
+                        f"corpus file {path}: its first {consumed} bytes hold {produced} bytes of text, more than "
+                        f"{MOST_RATIO} times as many: that is no text; remove it from corpus.source"
+                    )
         except zstandard.ZstdError as error:
-            raise UserError(f"corpus file {path} is no valid zstd data ({error}): fetch it again") from None
+            raise _no_zstd(path, error) from None
     if produced == 0:
         raise UserError(f"corpus file {path} is empty once decompressed: remove it from corpus.source")
     return tuple(entries), produced

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -11,13 +12,14 @@ from functools import partial
 
 from pipeline.cache import Cache
 from pipeline.claim import clear_dead_claims
+from pipeline.index import WORTH_WHILE
 from teacher_dump.engine import default_rows_per_step
 from teacher_dump.gpus import EngineSlot, engine_slots
-from teacher_dump.plan import Unit
+from teacher_dump.pending import Units, pending_units, wanted_units
 from teacher_dump.progress import DumpProgress
 from teacher_dump.settings import DumpConfig
 from teacher_dump.shard_loop import take_shards
-from teacher_dump.work import Work, is_done, prepare
+from teacher_dump.work import Work, prepare, require_cache
 from teacher_dump.workers import Workers
 
 log = logging.getLogger("teacher_dump")
@@ -34,7 +36,7 @@ class DumpResult:
     lost: tuple[str, ...] = ()  # a sentence each
 
 
-Engines = Callable[[Work, list[Unit], DumpProgress], list[str]]
+Engines = Callable[[Work, Units, DumpProgress], list[str]]
 """Sees to it that units are committed; returns a sentence for every worker lost on the way."""
 
 
@@ -66,26 +68,27 @@ def run_with(config: DumpConfig, engines: Engines) -> DumpResult:
     started = time.monotonic()
     work = prepare(config)
     clear_dead_claims(work.cache)
-    units = work.units()
-    pending = [unit for unit in units if not is_done(work, unit)]
+    units, pending = wanted_units(work), pending_units(work)
     tokens = len(pending) * config.tokens_per_shard
     progress = DumpProgress(work.teacher.name, len(units), tokens, len(units) - len(pending))
     try:
         lost = engines(work, pending, progress)
     finally:
         progress.close()
+        with contextlib.suppress(OSError):  # what failed before it is what is told
+            clear_dead_claims(work.cache)  # of workers, or of dumps beside this one, that were killed meanwhile
+    require_cache(work)
     cache = Cache(work.cache)
+    if len(progress.written) >= WORTH_WHILE:
+        cache.build_index()
     there = [cache.shards(split) for split in ("train", "heldout")]
     tokens = sum(int(shards.tokens.sum()) for shards in there)
     return DumpResult(len(progress.written), sum(map(len, there)), tokens, time.monotonic() - started, tuple(lost))
 
 
-def _on_this_machine(slots: list[EngineSlot], work: Work, pending: list[Unit], progress: DumpProgress) -> list[str]:
+def _on_this_machine(slots: list[EngineSlot], work: Work, pending: Units, progress: DumpProgress) -> list[str]:
     if len(slots) > 1 and len(pending) > 1:
-        try:
-            return Workers(work, pending, slots[: len(pending)], progress).run()
-        finally:
-            clear_dead_claims(work.cache)  # of workers that were killed
+        return Workers(work, pending, slots[: len(pending)], progress).run()
     os.environ.update(slots[0].environment)
     take_shards(work, pending, progress)
     return []

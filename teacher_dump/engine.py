@@ -9,6 +9,7 @@ Legend: T sequence length of the cache, L tokens of one row.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _CPU_TOKENS, _GPU_TOKENS = 2048, 32768
 """Tokens of a step where `rows_per_step` leaves the choice: enough to fill the device's matrix units."""
+STEPS_TO_SETTLE = 4
+"""At most two steps are under way; each may take a call to start and one to end."""
 _KV_PAGE = 256
 """Tokens; no smaller than the pages vLLM keeps keys and values in by default."""
 
@@ -227,9 +230,9 @@ class TeacherEngine:
                 self._drain(*waiting)
                 yield from self._collect(*waiting)
         finally:
+            if self._engine is not None and waiting and not self._settle():
+                self.close()
             if self._engine is not None:
-                if waiting:
-                    self._drain(*waiting)
                 self._engine.collective_rpc("capture_forget")
 
     def _steps(self, units: Iterable[tuple[int, Iterable[PackedRow]]]) -> Iterator[tuple[int, list[PackedRow]]]:
@@ -265,6 +268,17 @@ class TeacherEngine:
         except Exception as error:
             raise self._died(error, unit, step) from error
 
+    def _settle(self) -> bool:
+        """End what was started when nobody wants it any more; False if vLLM cannot: an interruption within its step
+        leaves requests that never finish."""
+        with contextlib.suppress(Exception):  # what ends the stream is told already
+            for _ in range(STEPS_TO_SETTLE):
+                if not self._engine.has_unfinished_requests():
+                    return True
+                self._engine.step()
+            return not self._engine.has_unfinished_requests()
+        return False
+
     def _died(self, error: Exception, unit: int, step: list[PackedRow]) -> Exception:
         self.close()
         return self._explained(error, f"the teacher {self.model} died in vLLM at row {step[0].row} of unit {unit}")
@@ -276,7 +290,7 @@ class TeacherEngine:
         if taken is None or sorted(taken.rows) != sorted(rows):
             raise TeacherEngineError(
                 f"vLLM ran rows {taken.rows if taken else []} of unit {unit} as one step, not {list(rows)}: the "
-                "teacher's keys and values need more memory than was reserved; lower rows_per_step"
+                "teacher's keys and values need more memory than was reserved; lower engine.rows_per_step"
             )
         finite_N = np.isfinite(taken.arrays["lse"])
         spans = {row: slice(*taken.starts[at : at + 2]) for at, row in enumerate(taken.rows)}
@@ -293,11 +307,22 @@ class TeacherEngine:
         if isinstance(error, UserError):
             return error
         said = next((line for line in str(error).splitlines() if line.strip()), "").strip()
-        text = f"{what}: {type(error).__name__}: {said}"
-        if "OutOfMemory" in type(error).__name__ or "out of memory" in said.lower() or "Free memory" in said:
-            return UserError(f"{text}: lower rows_per_step, or free the device's memory")
+        text = f"{what}: {type(error).__name__}: {said.rstrip('.')}"
+        if "Free memory" in said:
+            return UserError(
+                f"{text}: free the device's memory, or lower engine.gpu_memory_utilization "
+                f"(now {self.options.gpu_memory_utilization})"
+            )
+        if _is_out_of_memory(error, said):
+            return UserError(
+                f"{text}: free the device's memory, or lower engine.rows_per_step (now {self._rows()}), which needs a "
+                "cache of its own (CACHE=..., --cache): the rows of a step are part of what a cache is"
+            )
         noted = self._log.tail()
         return TeacherEngineError(f"{text}\nvLLM's last words:\n{noted}" if noted else text)
+
+    def _rows(self) -> int:
+        return self.options.rows_per_step or default_rows_per_step(self.length)
 
     def close(self) -> None:
         """Stop the engine and free its memory; the object is of no use afterwards."""
@@ -349,3 +374,10 @@ def _row_of(step: CapturedStep, at: int, span: slice, packed: PackedRow) -> Capt
         tail_ids_LM=of_tokens("tail_ids"),
         tail_logits_LM=of_tokens("tail_logits"),
     )
+
+
+def _is_out_of_memory(error: Exception, said: str) -> bool:
+    """Whether a device's memory, or the machine's, was not enough."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    phrases = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc")
+    return bool(kinds & {"OutOfMemoryError", "MemoryError"}) or any(phrase in said.lower() for phrase in phrases)

@@ -7,20 +7,24 @@ plan is stored in the cache (`plan.json`), so that a corpus that changed under i
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.commit import commit_json, read_json
 from pipeline.errors import UserError
+from pipeline.fields import Fields
+from pipeline.folder_checks import MOST_PLAN_BYTES
 from pipeline.manifest import identity
 from pipeline.schema import HELDOUT_UNIT
 from teacher_dump.corpus import CorpusConfig, Document, describe_corpus, list_files, read_range
-from teacher_dump.corpus_files import SourceFile, fingerprint_of
+from teacher_dump.corpus_files import SourceFile, fingerprint_of, kind_of
 
 PLAN = "plan.json"
+MOST_FILES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -114,18 +118,20 @@ def make_plan(config: CorpusConfig, files: list[SourceFile], tokens_per_shard: i
 
 
 def open_plan(cache: Path, config: CorpusConfig, tokens_per_shard: int, data_root: Path) -> Plan:
-    """The cache's plan, made now if there is none yet (it is stored by `store_plan`).
+    """The cache's plan, made now if there is none yet or it is damaged (it is stored by `store_plan`).
 
-    A stored plan is checked against the files: an index of a large compressed file is not built twice.
+    The manifest's data_id says whether a plan made anew is the one the shards were cut by. A stored one is checked
+    against the files: an index of a large compressed file is not built twice.
 
     Raises:
         UserError: a file changed, vanished or came after the plan was made; names it.
     """
     path = cache / PLAN
-    if not path.is_file():
+    record = _stored(path)
+    if record is None:
         return make_plan(config, describe_corpus(config, data_root), tokens_per_shard)
-    record = read_json(path)
-    stored = [SourceFile.from_record(entry) for entry in record["files"]]
+    given = Fields(record, path)
+    stored = [SourceFile.from_record(entry, path) for entry in given.list("files", MOST_FILES)]
     now = list_files(config, data_root)
     if len(now) != len(stored):
         then, here = {_base(file.path) for file in stored}, {_base(place) for place in now}
@@ -143,7 +149,9 @@ def open_plan(cache: Path, config: CorpusConfig, tokens_per_shard: int, data_roo
                 f"corpus file {place} changed since {path} was made (fingerprint {found[:12]}, was "
                 f"{file.fingerprint[:12]}): restore it, or dump into another folder (CACHE=...)"
             )
-        files.append(SourceFile.from_record({**file.to_record(), "path": place}))
+        if kind_of(place) != file.kind:
+            raise UserError(f"{path} says {place} is {file.kind}, its name says {kind_of(place)}: restore the plan")
+        files.append(replace(file, path=place))
     return make_plan(config, files, tokens_per_shard)
 
 
@@ -166,6 +174,26 @@ def _fingerprint(place: str) -> str:
 
 
 def store_plan(cache: Path, plan: Plan, claim: str) -> None:
-    """Write `plan.json` unless it is there."""
-    if not (cache / PLAN).is_file():
-        commit_json(cache / PLAN, plan.to_record(), claim=claim)
+    """Write `plan.json` unless it is there and whole.
+
+    Raises:
+        UserError: the corpus has so many files or pieces that no reader would take its plan.
+    """
+    if _stored(cache / PLAN) is not None:
+        return
+    record = plan.to_record()
+    size = len(json.dumps(record, indent=1))
+    if size > MOST_PLAN_BYTES - 1000:
+        raise UserError(
+            f"corpus.source: its {len(plan.files)} files and their row groups or frames make a plan of {size} bytes, "
+            f"readers take {MOST_PLAN_BYTES}: dump it in parts, each into a cache of its own; a run reads several"
+        )
+    commit_json(cache / PLAN, record, claim=claim)
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    """The content of plan.json; None if it is missing or damaged."""
+    try:
+        return read_json(path, MOST_PLAN_BYTES)
+    except UserError:
+        return None

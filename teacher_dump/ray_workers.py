@@ -10,7 +10,7 @@ import os
 import pickle
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class RayWorkers:
     def __init__(
         self,
         work: Work,
-        units: list[Unit],
+        units: Sequence[Unit],
         room: EngineRoom,
         progress: DumpProgress,
         start: Callable[[Work], Any] | None = None,

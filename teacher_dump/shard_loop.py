@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from teacher_dump.packing import PackingCount, pack
 from teacher_dump.plan import Unit
 from teacher_dump.rows import PackedRow
 from teacher_dump.stop_signals import raise_if_stopped
-from teacher_dump.work import Work, is_done
+from teacher_dump.work import Work, is_done, require_cache
 from teacher_dump.writer import ShardWriter, ShardWriters
 
 WAIT_SECONDS = 5.0
@@ -125,7 +125,7 @@ class ShardTaker:
         self._open.__exit__(*exc_info)
 
 
-def take_shards(work: Work, units: list[Unit], report: WaitingReport) -> None:
+def take_shards(work: Work, units: Sequence[Unit], report: WaitingReport) -> None:
     """See to it that every shard of `units` is committed, by this process or by others that share the work.
 
     Raises:
@@ -150,6 +150,7 @@ def claimed_jobs(
     """Claim what is neither committed nor claimed by others, one unit at a time as it is asked for."""
     for unit in units:
         writers.wait_for_place()
+        require_cache(work)
         if is_done(work, unit):
             report.by_other(unit_name(unit.unit), work.config.tokens_per_shard)
             continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,13 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from pipeline.commit import canonical_json, commit_file, commit_json, file_sha256
+from pipeline.commit import DigestingFile, canonical_json, commit_file, commit_json, file_sha256
 from pipeline.errors import UserError, one_line
 from pipeline.teacher_folder import TeacherFacts, TeacherFolder, facts_record
 from teacher_dump.embedded import resolve_embedded
+from teacher_dump.head_file import write_safetensors
 from teacher_dump.token_bytes import token_bytes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -225,49 +226,71 @@ def teacher_sha256(path: Path, weights: list[Path]) -> str:
 
 
 def write_teacher_folder(teacher: Teacher, cache: Path, claim: str) -> TeacherFolder:
-    """Write `cache/teacher/` unless it is complete; teacher.json comes last and makes it visible.
+    """Write of `cache/teacher/` what is missing or damaged; teacher.json comes last and makes it visible.
+
+    Files that match their digest in teacher.json stay as they are. Without a teacher.json that can be trusted nothing
+    tells whether they are whole: all are written again.
 
     Raises:
         UserError: the folder there belongs to another teacher.
     """
     folder = cache / "teacher"
-    if (folder / "teacher.json").is_file():
-        found = TeacherFolder(folder)
+    facts, known = teacher.facts, dict[str, dict[str, Any]]()
+    if (found := _found_folder(folder)) is not None:
         if found.facts.teacher_sha256 != teacher.facts.teacher_sha256:
             raise UserError(
                 f"{folder} holds teacher {found.facts.name} ({found.facts.teacher_sha256[:12]}), this run has "
                 f"{teacher.name} ({teacher.facts.teacher_sha256[:12]}): dump into another folder (CACHE=...)"
             )
-        return found
-    files: dict[str, dict[str, Any]] = {}
-    for name in (*CONFIG_FILES, *TOKENIZER_FILES):
-        if (teacher.path / name).is_file():
-            source = teacher.path / name
-            digest = commit_file(folder / name, partial(_copy, source), claim=claim)
-            files[name] = {"bytes": digest.bytes, "sha256": digest.sha256}
-    for name, write in (("head.safetensors", _write_head), ("token_bytes.parquet", _write_token_bytes)):
-        digest = commit_file(folder / name, partial(write, teacher), claim=claim)
+        facts, known = found.facts, found.files
+    writers: dict[str, Callable[[Path], str]] = {
+        name: partial(_copy, teacher.path / name)
+        for name in (*CONFIG_FILES, *TOKENIZER_FILES)
+        if (teacher.path / name).is_file()
+    }
+    writers |= {
+        "head.safetensors": partial(_write_head, teacher),
+        "token_bytes.parquet": partial(_write_bytes, teacher),
+    }
+    files = {name: digest for name, digest in known.items() if _is_whole(folder / name, digest)}
+    for name, write in writers.items():
+        if name in files:
+            continue
+        digest = commit_file(folder / name, write, claim=claim)
         files[name] = {"bytes": digest.bytes, "sha256": digest.sha256}
-    commit_json(folder / "teacher.json", facts_record(teacher.facts, files), claim=claim)
+    if found is None or files != known:
+        commit_json(folder / "teacher.json", facts_record(facts, files), claim=claim)
     return TeacherFolder(folder)
 
 
-def _copy(source: Path, to: Path) -> None:
+def _found_folder(folder: Path) -> TeacherFolder | None:
+    """The teacher folder that is there; None if its teacher.json is missing or damaged."""
+    try:
+        return TeacherFolder(folder)
+    except UserError:
+        return None
+
+
+def _is_whole(path: Path, digest: dict[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == digest["bytes"] and file_sha256(path) == digest["sha256"]
+
+
+def _copy(source: Path, to: Path) -> str:
     shutil.copyfile(source, to)
+    return file_sha256(source)
 
 
-def _write_head(teacher: Teacher, to: Path) -> None:
+def _write_head(teacher: Teacher, to: Path) -> str:
     files = weight_files(teacher.path)
-    tensors = {
-        "embedding.weight": find_tensor(files, EMBEDDING, teacher.path),
-        "norm.weight": find_tensor(files, FINAL_NORM, teacher.path),
-    }
+    names: dict[str, tuple[str, ...]] = {"embedding.weight": EMBEDDING, "norm.weight": FINAL_NORM}
     if not teacher.facts.tied:
-        tensors["lm_head.weight"] = find_tensor(files, HEAD, teacher.path)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(to))
+        names["lm_head.weight"] = HEAD
+    return write_safetensors(to, {name: find_tensor(files, known, teacher.path) for name, known in names.items()})
 
 
-def _write_token_bytes(teacher: Teacher, to: Path) -> None:
+def _write_bytes(teacher: Teacher, to: Path) -> str:
     values = token_bytes(teacher.tokenizer(), teacher.facts.vocab_size)
     table = pa.table({"token_id": pa.array(range(len(values)), pa.int32()), "bytes": pa.array(values, pa.binary())})
-    pq.write_table(table, to, compression="zstd", write_page_checksum=True)
+    with DigestingFile(to) as file:
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+        return file.sha256()

@@ -10,9 +10,10 @@ from pathlib import Path
 from pipeline.cache import Cache
 from pipeline.commit import new_claim_id
 from pipeline.errors import UserError
-from pipeline.manifest import Manifest, create_or_match
+from pipeline.manifest import MANIFEST, Manifest, create_or_match
 from pipeline.schema import CacheSpec, unit_name
 from pipeline.shard import DamagedShard, read_record
+from pipeline.store import is_remote
 from teacher_dump.plan import Plan, Unit, open_plan, store_plan
 from teacher_dump.settings import DumpConfig, resolve_engine, to_plain
 from teacher_dump.teacher import Teacher, open_teacher, write_teacher_folder
@@ -28,12 +29,6 @@ class Work:
     manifest: Manifest
     spec: CacheSpec
     cache: Path
-
-    def units(self) -> list[Unit]:
-        """All units this run shall see to, held-out ones first."""
-        numbers = self.config.unit_range()
-        heldout = range(0 if numbers.start else self.config.heldout_shards)
-        return [self.plan.unit(i, "heldout") for i in heldout] + [self.plan.unit(i, "train") for i in numbers]
 
 
 def prepare(config: DumpConfig) -> Work:
@@ -58,14 +53,50 @@ def prepare(config: DumpConfig) -> Work:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     claim = new_claim_id()
-    if (cache / "manifest.json").is_file():
+    if (cache / MANIFEST).is_file():
         manifest = create_or_match(cache, manifest)
+    else:
+        require_own_shards(cache, manifest)
     plan.unit(config.shards - 1, "train")
     if config.heldout_shards:
         plan.unit(config.heldout_shards - 1, "heldout")
     write_teacher_folder(teacher, cache, claim)
     store_plan(cache, plan, claim)
     return Work(config, teacher, plan, create_or_match(cache, manifest), spec, cache)
+
+
+def require_own_shards(cache: Path, manifest: Manifest) -> None:
+    """In a folder whose manifest was lost: refuse to write one that does not suit the shards that are there.
+
+    Raises:
+        UserError: a shard was dumped with other settings; names its identity and the one of this run.
+    """
+    for path in sorted([*cache.glob("shard-*.json"), *cache.glob("heldout-*.json")]):
+        try:
+            record = read_record(path)
+        except UserError:
+            continue  # damaged: it is dumped again
+        for name in ("compat_id", "data_id"):
+            if getattr(record, name) != getattr(manifest, name):
+                raise UserError(
+                    f"{cache} has no {MANIFEST}, and {path.name} has {name} {getattr(record, name)}, these settings "
+                    f"{getattr(manifest, name)}: give the settings the cache was made with, or another folder "
+                    "(CACHE=..., --cache)"
+                )
+
+
+def require_cache(work: Work) -> None:
+    """Refuse to go on where the cache is gone: what is written now would lie where nobody looks for it.
+
+    Raises:
+        UserError: its manifest is no longer there.
+    """
+    path = work.cache / MANIFEST
+    if not is_remote(work.cache) and not path.is_file():
+        raise UserError(
+            f"{path} is gone while the dump runs: its folder was moved or removed, or its disk is no longer there; "
+            "bring it back and run the same command again"
+        )
 
 
 def is_done(work: Work, unit: Unit) -> bool:

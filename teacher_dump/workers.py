@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -87,7 +87,7 @@ class PipeReport:
             self._connection.recv()
 
 
-def worker_main(work: Work, units: list[Unit], connection: Connection) -> None:
+def worker_main(work: Work, units: Sequence[Unit], connection: Connection) -> None:
     """Body of a worker process. Exit status 1: it has sent why."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
     interrupt_on_sigterm(repeat=True)
@@ -149,7 +149,7 @@ class Workers:
         progress: is told of all of them together.
     """
 
-    def __init__(self, work: Work, units: list[Unit], slots: list[EngineSlot], progress: DumpProgress) -> None:
+    def __init__(self, work: Work, units: Sequence[Unit], slots: list[EngineSlot], progress: DumpProgress) -> None:
         self.work, self.units, self.slots, self.progress = work, units, slots, progress
         self.workers: list[Worker] = []
         self._news = 0

@@ -176,10 +176,11 @@ def dumped(cache: Cache, facts: CacheFacts, sample: CacheSample) -> Iterator[str
     spec, manifest = cache.spec, cache.manifest
     yield page.heading("The cache")
     speed = f"{facts.tokens / facts.seconds:,.0f} tokens/s, " if facts.seconds else ""
-    corpus = manifest.settings.get("corpus") or {}
+    corpus = manifest.settings.get("corpus")
+    source = corpus.get("source", "?") if isinstance(corpus, dict) else "?"
     rows = [
         ("teacher", f"{cache.teacher.facts.name} ({cache.teacher.facts.layers} layers, width {spec.width})"),
-        ("corpus", f"{corpus.get('source', '?')}, {spec.packing} packing"),
+        ("corpus", f"{source}, {spec.packing} packing"),
         ("training", f"{facts.train_tokens:,} tokens in {facts.train_shards} shards"),
         ("held out", f"{facts.heldout_tokens:,} tokens in {facts.heldout_shards} shards"),
         ("size", f"{facts.bytes / 1e6:,.1f} MB, {facts.bytes_per_token:.1f} bytes a token"),

@@ -6,22 +6,42 @@ Legend: T tokens a row, K top-k ids, S temperatures, G depth groups, n = T/b poo
 from __future__ import annotations
 
 import csv
+import math
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
+from zlib import error as ZlibError
 
 import numpy as np
 
 from pipeline.cache import Cache
 from pipeline.commit import read_json
 from pipeline.errors import UserError
+from pipeline.fields import Fields
 from pipeline.inspection import column_facts
 from pipeline.schema import CacheSpec
 from pipeline.shard import Columns
 
 NAMES = ("student", "teacher", "unigram")
+FIGURES = {"rows", "targets", "target_bytes", "kl_k1", "kl_full", "top1_agreement", "trainable_parameters"}
+TEXTS = {"checkpoint", "unigram"}
+MOST_CONFIG = 1 << 20
+"""Characters of config.yaml that are read."""
+MOST_MAPS = 1 << 30
+"""Bytes of the arrays of attention_maps.npz."""
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    OverflowError,
+    NotImplementedError,
+    BadZipFile,
+    ZlibError,
+)
 
 
 @dataclass(frozen=True)
@@ -111,10 +131,11 @@ class Run:
 
     def tokens(self, length: int) -> int | None:
         """Tokens the student was trained on: steps x rows of a batch x T; None where the configuration is missing."""
-        rows = (self.config.get("data") or {}).get("batch_rows")
-        if not isinstance(rows, int):
+        data, trainer = self.config.get("data"), self.config.get("trainer")
+        rows = data.get("batch_rows") if isinstance(data, dict) else None
+        accumulated = (trainer.get("accumulate_grad_batches") if isinstance(trainer, dict) else None) or 1
+        if not isinstance(rows, int) or not isinstance(accumulated, int):
             return None
-        accumulated = (self.config.get("trainer") or {}).get("accumulate_grad_batches") or 1
         return self.steps * rows * accumulated * length
 
 
@@ -124,23 +145,26 @@ def read_run(path: Path) -> Run:
     evaluation = None
     if (path / "evaluation.json").is_file():
         try:
-            evaluation = read_json(path / "evaluation.json")
+            evaluation = read_evaluation(path / "evaluation.json")
         except UserError as error:
             problems.append(str(error))
     maps = None
     if (path / "attention_maps.npz").is_file():
         try:
             maps = read_maps(path / "attention_maps.npz")
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
+        except UNREADABLE as error:
             problems.append(f"{path / 'attention_maps.npz'} cannot be read ({error}): evaluate again")
     curves: dict[str, Curve] = {}
     if (path / "metrics.csv").is_file():
         try:
             curves = read_curves(path / "metrics.csv")
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError, csv.Error) as error:
             problems.append(f"{path / 'metrics.csv'} cannot be read ({error!r}): was it edited?")
     config_file = path / "config.yaml"
-    config_text = config_file.read_text(encoding="utf-8", errors="replace") if config_file.is_file() else ""
+    config_text = ""
+    if config_file.is_file():
+        with open(config_file, encoding="utf-8", errors="replace") as file:
+            config_text = file.read(MOST_CONFIG)
     return Run(path, curves, evaluation, maps, config_text, _parse_yaml(config_text), problems)
 
 
@@ -149,9 +173,24 @@ def _parse_yaml(text: str) -> dict[str, Any]:
 
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """The figures of an evaluation, those that pages show checked.
+
+    Raises:
+        UserError: the file is damaged, or a figure is no number.
+    """
+    record = Fields(read_json(path), path)
+    measured = {f"{name}_{measure}" for name in NAMES for measure in ("cross_entropy", "perplexity", "bits_per_byte")}
+    for name in sorted((FIGURES | measured) & record.record.keys()):
+        record.number(name)
+    for name in sorted(TEXTS & record.record.keys()):
+        record.text(name)
+    return record.record
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
@@ -160,6 +199,8 @@ def read_curves(path: Path) -> dict[str, Curve]:
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             step = float(row.pop("step"))
+            if not 0 <= step < 1 << 53:
+                raise ValueError(f"step {step}")
             for name, value in row.items():
                 if name and value:
                     points.setdefault(name, []).append((step, float(value)))
@@ -171,10 +212,15 @@ def read_curves(path: Path) -> dict[str, Curve]:
 
 
 def read_maps(path: Path) -> Maps:
-    """Read the arrays that `student/evaluate.py` documents."""
-    with np.load(path) as arrays:
+    """Read the arrays that `student/evaluate.py` documents.
+
+    Raises:
+        ValueError, KeyError, OSError, BadZipFile: they are not those, or larger than `MOST_MAPS`.
+    """
+    check_arrays(path)
+    with np.load(path, allow_pickle=False) as arrays:
         prefix = "student_block_"
-        return Maps(
+        maps = Maps(
             sequence_id_Q=arrays["sequence_id"],
             length_Q=arrays["length"],
             block=int(arrays["pool_block"]),
@@ -186,6 +232,31 @@ def read_maps(path: Path) -> Maps:
                 if name.startswith(prefix)
             },
         )
+    Q, n = len(maps.sequence_id_Q), maps.teacher_QGnn.shape[-1]
+    groups = maps.teacher_QGnn.shape[1]
+    wanted = [(maps.sequence_id_Q, (Q,)), (maps.length_Q, (Q,)), (maps.teacher_QGnn, (Q, groups, n, n))]
+    wanted += [(map_Qnn, (Q, n, n)) for map_Qnn in maps.student_Qnn.values()]
+    if any(array.shape != shape for array, shape in wanted) or not 0 < maps.student_blocks <= 4096:
+        raise ValueError("its arrays have shapes that do not belong together")
+    return maps
+
+
+def check_arrays(path: Path) -> None:
+    """Look at the headers of an .npz: NumPy allocates what they say.
+
+    Raises:
+        ValueError: the arrays take more than `MOST_MAPS` bytes, or are not of numbers.
+    """
+    held = 0
+    with ZipFile(path) as archive:
+        for member in archive.infolist():
+            held += member.file_size
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+                if dtype.hasobject or math.prod(shape) * dtype.itemsize > member.file_size or held > MOST_MAPS:
+                    raise ValueError(f"{member.filename[:40]} claims {shape} of {dtype}, {held} bytes")
 
 
 def cache_facts(cache: Cache) -> CacheFacts:

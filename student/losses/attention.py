@@ -21,6 +21,7 @@ Legend: B rows, G depth groups, n = T/b blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -65,6 +66,7 @@ def attention_alignment(
     sign: Sign = "signed",
     sinks: Sinks = "keep",
     normalise_rows: bool = True,
+    mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """L_A: mean over the student's mLSTM blocks of the distance to the teacher's groups at the same depth.
 
@@ -74,6 +76,8 @@ def attention_alignment(
         length_B: valid tokens a row.
         pool_block: b, tokens per block.
         blocks: N, all blocks of the student, sLSTM included: they set the depth of a block.
+        mean_over_ranks: of the number of compared rows of blocks, where a batch is spread over ranks: the mean of their
+            L_A is then that of the whole batch.
     """
     if not maps:
         raise ValueError("attention alignment needs at least one mLSTM block")
@@ -82,11 +86,16 @@ def attention_alignment(
     valid_Bn = (first_I[None, :] + 1) * pool_block <= length_B[:, None]
     if sinks == "drop":
         valid_Bn = valid_Bn & (first_I > 0)
-    count = valid_Bn.sum().clamp_min(1)
+    count = valid_Bn.sum()
+    if mean_over_ranks is not None:
+        count = mean_over_ranks(count)
+    count = count.clamp_min(1)
     terms = []
     for block, map_Bnn in sorted(maps.items()):
-        weights_G = torch.tensor(depth_overlap(block, blocks, groups), device=attn_map_BGnn.device)
-        target_Bnn = torch.einsum("g,bgij->bij", weights_G, attn_map_BGnn.float())
+        # Weights as numbers: a tensor of them would have to be copied to a GPU, and autocast would round the product.
+        weights = depth_overlap(block, blocks, groups)
+        shares = [attn_map_BGnn[:, g].float() * weight for g, weight in enumerate(weights) if weight]
+        target_Bnn = torch.stack(shares).sum(0)
         target_Bnn = prepare_map(target_Bnn, "signed", sinks, normalise_rows)
         student_Bnn = prepare_map(map_Bnn, sign, sinks, normalise_rows)
         distance_Bn = (student_Bnn - target_Bnn).square().sum(-1)

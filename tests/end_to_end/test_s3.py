@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers_s3 import BUCKET, FaultyProxy, s3_here, s3_server
+from helpers_dump import REPOSITORY, assert_same_rows, dump_command, environment, rows
+from helpers_s3 import BUCKET, FaultyProxy, s3_environment, s3_here, s3_server
 
 from pipeline.claim import try_claim
 from pipeline.commit import commit_bytes, commit_json, read_json
@@ -59,3 +62,72 @@ def test_requests_that_fail_are_made_again(server: int, monkeypatch: pytest.Monk
             assert (cache / f"data-{number}.bin").read_bytes() == bytes([number]) * 5000
             assert read_json(cache / f"record-{number}.json") == {"number": number}
     assert sum(proxy.faults.values()) > 20 and len(proxy.faults) == 5, proxy.faults
+
+
+def test_dump_verify_inspect_and_train_on_a_store(
+    server: int, teacher: Path, corpus: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The commands a user types, with a URL in place of a folder; rows as on a local disk."""
+    url = f"s3://{BUCKET}/dump"
+    more = {**s3_environment(server), "DISTIL_XLSTM_CACHE": str(tmp_path / "copies")}
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", *words],
+            env=environment(**more),
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    command = dump_command(teacher, corpus, Path("cache"), 3)[2:]
+    command[command.index("cache")] = url
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    again = run(*command)
+    assert again.returncode == 0 and "0 of 4 shards" not in again.stderr, again.stderr
+    verified = run("pipeline", "verify", "--cache", url)
+    assert verified.returncode == 0 and "nothing is wrong" in verified.stdout, verified.stdout + verified.stderr
+    inspected = run("pipeline", "inspect", "--cache", url)
+    assert inspected.returncode == 0 and "shard-00000" in inspected.stdout, inspected.stderr
+    with s3_here(server), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTIL_XLSTM_CACHE", str(tmp_path / "copies"))
+        found = rows(open_path(url))
+        assert sorted(found) == ["heldout-00000", "shard-00000", "shard-00001", "shard-00002"]
+        assert_same_rows(rows(undisturbed), found)
+    trained = run(
+        *("student", "--cache", url, "--run", str(tmp_path / "run"), "--config", "manifests/students/demo.yaml"),
+        *("--trainer.max_epochs", "2", "--data.batch_rows", "4", "--model.student.heads", "4"),
+        *("--model.loss.gamma", "0.0", "--model.loss.beta", "0.0"),
+    )
+    assert trained.returncode == 0, trained.stderr
+    parts = [path for path in (tmp_path / "copies" / "parts").iterdir() if path.is_file()]
+    assert len(parts) >= 8, "a footer and a row group of each shard are kept"
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_dump_and_read_through_requests_that_fail(
+    server: int, teacher: Path, corpus: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """One request in eight goes wrong, five ways: the dump goes on, and what is read is what was captured."""
+    proxy = FaultyProxy(server, share=0.125, seed=5, silence=0.5)
+    try:
+        command = dump_command(teacher, corpus, Path("cache"), 3)
+        command[command.index("cache")] = f"s3://{BUCKET}/faulty"
+        done = subprocess.run(
+            command,
+            env=environment(**s3_environment(proxy.port)),
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stderr
+        written = dict(proxy.faults)
+        with s3_here(proxy.port), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DISTIL_XLSTM_CACHE", str(tmp_path / "copies"))
+            assert_same_rows(rows(undisturbed), rows(open_path(f"s3://{BUCKET}/faulty")))
+    finally:
+        proxy.close()
+    assert sum(written.values()) >= 5 and sum(proxy.faults.values()) > sum(written.values()), proxy.faults

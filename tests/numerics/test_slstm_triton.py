@@ -36,7 +36,7 @@ def inputs(batch: int, length: int, heads: int, width: int, empty: bool) -> list
 
 @pytest.mark.parametrize("empty", [True, False])
 @pytest.mark.parametrize(
-    ("batch", "length", "heads", "width"), [(1, 1, 1, 16), (3, 9, 2, 16), (17, 4, 1, 24), (2, 21, 2, 64), (2, 5, 1, 96)]
+    ("batch", "length", "heads", "width"), [(1, 1, 1, 16), (3, 9, 2, 16), (17, 4, 1, 24), (2, 21, 2, 64), (2, 5, 1, 48)]
 )
 def test_outputs_state_and_gradients(batch: int, length: int, heads: int, width: int, empty: bool) -> None:
     exact = inputs(batch, length, heads, width, empty)
@@ -65,6 +65,15 @@ def test_two_halves_make_the_whole() -> None:
     torch.testing.assert_close(end, last)
 
 
-def test_heads_that_are_too_wide_are_refused() -> None:
-    with pytest.raises(ValueError, match="width 256"):
-        slstm_recurrence(torch.zeros(1, 1, 1024), torch.zeros(1, 1024, 256), torch.zeros(1024), torch.zeros(4, 1, 256))
+def test_wide_heads_in_half_precision() -> None:
+    exact = inputs(2, 5, 1, 96, True)
+    x_BTG, *parts = (x.float().to(DEVICE) for x in exact)
+    got_y, _ = slstm_recurrence(x_BTG.half(), *parts)
+    torch.testing.assert_close(got_y.cpu().double(), plain(*exact)[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(256, torch.float16), (96, torch.float32)])
+def test_heads_that_are_too_wide_are_refused(width: int, dtype: torch.dtype) -> None:
+    x_BTG, bias_G = torch.zeros(1, 1, 4 * width, dtype=dtype), torch.zeros(4 * width)
+    with pytest.raises(ValueError, match=f"width {width}"):
+        slstm_recurrence(x_BTG, torch.zeros(1, 4 * width, width), bias_G, torch.zeros(4, 1, width))

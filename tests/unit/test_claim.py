@@ -14,7 +14,7 @@ import pytest
 
 from pipeline import claim as claims
 from pipeline.claim import EXPIRY_SECONDS, Claim, clear_dead_claims, try_claim
-from pipeline.commit import new_claim_id, temporary_path
+from pipeline.commit import machine_digest, new_claim_id, temporary_path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -182,20 +182,34 @@ def test_damaged_claim_expires_by_age(content: str, tmp_path: Path) -> None:
         pass
 
 
-def test_old_temporaries_of_writers_without_a_claim_are_cleared(tmp_path: Path) -> None:
-    """A dump killed while it wrote the teacher folder held no claim yet."""
+def test_temporaries_of_writers_without_a_claim_are_cleared_once_those_are_gone(tmp_path: Path) -> None:
+    """A dump killed while it wrote the teacher folder held no claim; of another machine only the age is known."""
     folder = tmp_path / "teacher"
     folder.mkdir()
-    live = temporary_path(folder / "head.safetensors", new_claim_id())
+    mine = new_claim_id()
+    live = temporary_path(folder / "head.safetensors", mine)
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    dead_id = live.name.split(".")[-2].replace(f"-{os.getpid()}-", f"-{process.pid}-")
+    dead_id = mine.replace(f"-{os.getpid()}-", f"-{process.pid}-")
     dead = temporary_path(folder / "head.safetensors", dead_id)
     young = temporary_path(folder / "config.json", dead_id)
+    elsewhere = mine.replace(machine_digest(), "0" * 6)  # a process of ours has its number, but it is not ours
+    far, far_young = (temporary_path(folder / name, elsewhere) for name in ("head.safetensors", "config.json"))
     unknown = folder / ".something-else.tmp"
-    for path in (live, dead, young, unknown):
+    for path in (live, dead, young, far, far_young, unknown):
         path.write_bytes(b"half")
-        if path is not young:
+        if path not in (young, far_young):
             set_age(path, 2 * EXPIRY_SECONDS)
     clear_dead_claims(tmp_path)
-    assert {p for p in (live, dead, young, unknown) if p.exists()} == {live, young, unknown}
+    assert {p for p in (live, dead, young, far, far_young, unknown) if p.exists()} == {live, far_young, unknown}
+
+
+def test_killed_process_that_nobody_reaped_is_dead(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    """Its number is still taken, by what the kernel calls a zombie."""
+    holder.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while claims._process_state(holder.pid)[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    with held(try_claim(tmp_path, "shard-00000")):
+        assert list(tmp_path.glob(".*.tmp")) == []

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.config import parse_into
 from pipeline.errors import UserError, run_command
+from student.evaluate import EvaluateOptions
 from teacher_dump.corpus import CorpusConfig
 from teacher_dump.settings import DumpConfig
 
@@ -48,6 +49,15 @@ def test_dotted_overrides(manifests: Path) -> None:
     config = parse("--manifest", str(manifests / "toy.yaml"), *overrides.split())
     assert (config.shards, config.corpus.text_field, config.taus) == (7, "content", (1.0, 2.0))
     assert (config.corpus.source, config.engine.rows_per_step, config.packing) == ("toy.jsonl", 4, "document")
+
+
+def test_a_switch_needs_no_value() -> None:
+    """As README and Makefile write it: `ARGS=--full_kl`."""
+    words = ["--run", "r", "--cache", "c"]
+    for given, wanted in (([], False), (["--full_kl"], True), (["--full_kl", "--maps", "1"], True)):
+        assert parse_into(EvaluateOptions, "p", "d", "--config", [*given, *words]).full_kl is wanted
+        assert parse_into(EvaluateOptions, "p", "d", "--config", [*words, *given]).full_kl is wanted
+    assert parse_into(EvaluateOptions, "p", "d", "--config", [*words, "--full_kl", "false"]).full_kl is False
 
 
 @pytest.mark.parametrize("form", [["--manifest", "{}/nope.yaml"], ["--manifest={}/nope.yaml"]])

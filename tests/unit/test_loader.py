@@ -5,6 +5,7 @@ Legend: B rows of a batch, T tokens a row, V vocabulary.
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -19,10 +20,11 @@ from helpers_cache import toy_logits, write_toy_cache
 from pipeline import schema
 from pipeline.cache import Cache
 from pipeline.errors import UserError
+from pipeline.index import ShardEntry
 from pipeline.prefetch import ahead
-from pipeline.shard import DamagedShard, ShardFile, ShardRecord
+from pipeline.shard import DamagedShard, ShardFile
 from student.batch import IGNORE, Batch
-from student.data import CacheDataModule, SplitLoader, TrainLoader, epoch_rows, list_groups
+from student.data import CacheDataModule, SplitLoader, TrainLoader
 
 ROWS, UNITS, LENGTH = 7, 4, 32
 
@@ -84,18 +86,6 @@ def test_every_row_once_an_epoch_but_for_the_last_partial_batch(cache: Cache) ->
         assert len(set(seen)) == 25 and set(seen) < everything
         left |= everything - set(seen)
     assert len(left) > 3, "the same rows are left out of every epoch"
-
-
-@pytest.mark.parametrize("window", [1, 3, 16])
-def test_order_holds_every_row_once_and_mixes_within_the_window(cache: Cache, window: int) -> None:
-    groups = list_groups(cache, "train")
-    assert [group.rows for group in groups] == [3, 3, 1] * UNITS
-    pairs = list(epoch_rows(groups, seed=3, epoch=1, window=window))
-    assert Counter(pairs) == Counter((g, r) for g, group in enumerate(groups) for r in range(group.rows))
-    order = np.random.default_rng([3, 1, 0]).permutation(len(groups))
-    first = {int(g) for g in order[:window]}
-    size = sum(groups[g].rows for g in first)
-    assert {g for g, _ in pairs[:size]} == first, "the first window holds other groups"
 
 
 def test_order_is_a_function_of_seed_and_epoch(cache: Cache) -> None:
@@ -240,18 +230,30 @@ def test_split_loader_gives_stored_order(cache: Cache, longer: Cache) -> None:
     assert all(batch.topk_logits_BTK.isfinite().all() for batch in batches)
 
 
-def test_one_group_is_decoded_once_for_a_batch(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches that reach over two windows need more groups than are kept; they must not be read over and over."""
+@pytest.mark.parametrize("window", [1, 4])
+def test_each_group_is_decoded_once_an_epoch(cache: Cache, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     real = Cache.open
 
-    def spy(self: Cache, record: ShardRecord) -> ShardFile:
-        opened.append(record.name)
-        return real(self, record)
+    def spy(self: Cache, shard: ShardEntry) -> ShardFile:
+        opened.append(shard.name)
+        return real(self, shard)
 
     monkeypatch.setattr(Cache, "open", spy)
-    list(TrainLoader([cache], batch_rows=14, seed=0, window=1))
-    assert len(opened) <= 2 * 12
+    loader = TrainLoader([cache], batch_rows=4, seed=0, window=window)
+    list(loader)
+    assert len(opened) <= 12 and loader.readers[0]._coming == {}
+
+
+def test_a_shard_damaged_under_the_loader_stops_it_by_name(cache: Cache, tmp_path: Path) -> None:
+    copy = Cache(shutil.copytree(cache.path, tmp_path / "copy"))
+    loader = TrainLoader([copy], batch_rows=4, seed=0, window=2)
+    path = copy.path / "shard-00002.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedShard, match=r"shard-00002\.parquet: row group \d, column"):
+        list(loader)
 
 
 def test_another_teachers_cache_is_refused(cache: Cache, tmp_path: Path) -> None:
@@ -268,7 +270,7 @@ def test_limits_of_several_caches_are_the_common_ones(cache: Cache, tmp_path: Pa
     data = CacheDataModule([str(cache.path), str(other)], batch_rows=2)
     assert (data.taus[0], data.taus[-1]) == (1.0, 1.3)
     assert data.pool_block == 0 and not data.has_hidden
-    assert data.compat_id == cache.manifest.compat_id and len(set(data.data_ids)) == 2
+    assert data.compat_id == cache.manifest.compat_id and len({c.manifest.data_id for c in data.caches}) == 2
 
 
 @pytest.mark.parametrize(
@@ -308,10 +310,9 @@ def damage_page(parquet: Path, group: int, column: str) -> None:
 def test_damaged_page_is_raised_through_the_prefetch_thread(tmp_path: Path) -> None:
     path = write_toy_cache(tmp_path / "cache", units=1, heldout_units=0, rows=6, length=LENGTH, block=8)
     damage_page(path / "shard-00000.parquet", 1, "topk_logits")
-    before = threading.active_count()
     with pytest.raises(DamagedShard, match=r"shard-00000\.parquet: row group 1, column topk_logits"):
         list(TrainLoader([Cache(path)], 2, 0, 4))
-    assert threading.active_count() == before, "the prefetch thread was left"
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"], "the thread was left"
 
 
 def test_other_group_size_travels_with_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +321,7 @@ def test_other_group_size_travels_with_the_cache(tmp_path: Path, monkeypatch: py
         patch.setattr(schema, "ROW_GROUP_TOKENS", 2 * LENGTH)
         path = write_toy_cache(tmp_path / "cache", units=1, heldout_units=0, rows=6, length=LENGTH, block=8)
     loader = TrainLoader([Cache(path)], 2, 0, 4)
-    assert [ref.rows for ref in loader.groups[0]] == [2, 2, 2]
+    assert [loader.groups[0].rows_of(group) for group in range(3)] == [2, 2, 2]
     assert sorted(n for batch in loader for n in batch.sequence_id_B.tolist()) == list(range(6))
 
 

@@ -62,7 +62,7 @@ def test_other_settings_are_refused_with_every_field_and_both_values(tmp_path: P
         "soft_cap: cache has None, asked for 30.0",
         "k: cache has 8, asked for 16",
         "taus: cache has [1.0, 2.0], asked for [1.0]",
-        "added: cache has None, asked for 1",
+        "added: cache has nothing, asked for 1",
     ):
         assert part in text
     assert "vocab_size" not in text and "\n" not in text

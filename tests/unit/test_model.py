@@ -255,6 +255,29 @@ def test_chunkwise_mlstm_equals_the_packages_dense_form(length: int, chunk: int,
         torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-8)
 
 
+@pytest.mark.parametrize(("length", "padded"), [(9, 16), (40, 64), (64, 64), (100, 128), (128, 128), (300, 384)])
+@pytest.mark.parametrize("limit", [12, 65_535, 2])
+def test_the_kernel_gets_lengths_it_takes_and_no_more_than_one_launch_holds(
+    monkeypatch: pytest.MonkeyPatch, length: int, padded: int, limit: int
+) -> None:
+    """5 rows of 3 heads, a chunk of 128 tokens each: with a limit of 12, four rows a launch or fewer."""
+    package = pytest.importorskip("mlstm_kernels.torch.chunkwise.triton_xl_chunk")
+    launches: list[torch.Size] = []
+
+    def kernel(*inputs: Tensor, chunk_size: int, eps: float, autocast_kernel_dtype: torch.dtype) -> Tensor:
+        rows, heads, tokens, _ = inputs[0].shape
+        assert tokens == padded and rows * heads * -(-tokens // chunk_size) <= limit
+        launches.append(inputs[0].shape)
+        return mlstm_chunkwise(*inputs, eps=eps)
+
+    monkeypatch.setattr(package, "mlstm_chunkwise__xl_chunk", kernel)
+    monkeypatch.setattr(mlstm, "LAUNCH_LIMIT", limit)
+    inputs = [torch.randn(5, 3, length, 8) for _ in range(3)] + [torch.randn(5, 3, length) for _ in range(2)]
+    torch.testing.assert_close(mlstm._mlstm_kernel(*inputs), mlstm_chunkwise(*inputs))
+    chunks = -(-padded // 128)
+    assert len(launches) == (0 if limit < 3 * chunks else -(-5 // (limit // (3 * chunks))))
+
+
 # The sLSTM cell.
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.index import ShardEntries, ShardEntry
+from student import order
 from student.order import RowGroups, epoch_rows, group_order
 
 
@@ -73,3 +75,22 @@ def test_a_million_shards_begin_at_once() -> None:
     assert len(table) == 8_000_000
     first = list(islice(epoch_rows(table, 0, 0, 16), 1000))
     assert len({group for group, _ in first}) > 16 and table.rows_of(first[0][0]) == 8
+
+
+@pytest.mark.parametrize("window", [1, 3, 5, 40])
+def test_skipping_needs_the_last_groups_only(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest is the same from every row on, and the places of the groups long past are not drawn."""
+    table = groups([7, 7, 3, 12, 5, 1, 9], 3)
+    monkeypatch.setattr(order, "PIECE", 4)
+    whole = list(epoch_rows(table, 0, 1, window))
+    for skip in range(len(whole) + 2):
+        assert list(epoch_rows(table, 0, 1, window, skip)) == whole[skip:]
+    table, drawn, real = groups([40] * 100, 20), [], order._places
+
+    def places(*arguments: Any) -> np.ndarray:
+        drawn.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(order, "_places", places)
+    next(epoch_rows(table, 0, 0, window, 3000))
+    assert min(drawn) >= 3000 // 20 - 2 * window - 1

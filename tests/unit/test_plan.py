@@ -171,9 +171,18 @@ def test_missing_single_file_is_noticed(tmp_path: Path) -> None:
         open_plan(tmp_path, config, 10, NOWHERE)
 
 
-def test_damaged_plan_is_noticed(config: CorpusConfig, tmp_path: Path) -> None:
-    store_plan(tmp_path, open_plan(tmp_path, config, 100, NOWHERE), "claim")
+@pytest.mark.parametrize("harm", ["edited", "cut", "gone"])
+def test_damaged_plan_is_made_and_stored_again(config: CorpusConfig, tmp_path: Path, harm: str) -> None:
+    """The same plan comes out; were the corpus another one, `create_or_match` would refuse its identity."""
+    made = open_plan(tmp_path, config, 100, NOWHERE)
+    store_plan(tmp_path, made, "claim")
     path = tmp_path / "plan.json"
-    path.write_text(path.read_text().replace('"jsonl"', '"text"', 1))
-    with pytest.raises(UserError, match=r"plan\.json"):
-        open_plan(tmp_path, config, 100, NOWHERE)
+    before = path.read_bytes()
+    if harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(before.replace(b'"jsonl"', b'"text"', 1) if harm == "edited" else before[:40])
+    again = open_plan(tmp_path, config, 100, NOWHERE)
+    assert again == made
+    store_plan(tmp_path, again, "claim")
+    assert path.read_bytes() == before

@@ -118,6 +118,42 @@ def test_interrupted_folder_is_completed(tmp_path: Path) -> None:
     assert write_teacher_folder(teacher, tmp_path / "cache", "claim").tensors()["head_VD"].shape == (V, D)
 
 
+@pytest.mark.parametrize("name", ["head.safetensors", "token_bytes.parquet", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
+def test_damaged_file_is_written_again_and_no_other(tmp_path: Path, name: str, harm: str) -> None:
+    teacher = opened(write_model(tmp_path / "model"))
+    folder = write_teacher_folder(teacher, tmp_path / "cache", "claim").path
+    whole = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    data = bytearray(whole[name][0])
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data if harm == "flipped" else data[:9])
+    if harm == "gone":
+        (folder / name).unlink()
+    write_teacher_folder(teacher, tmp_path / "cache", "claim")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {k: v for k, (v, _) in whole.items()}
+    assert {path.name for path in folder.iterdir() if path.stat().st_mtime_ns != whole[path.name][1]} == {name}
+
+
+def test_damaged_record_is_written_again_with_all_it_names(tmp_path: Path) -> None:
+    teacher = opened(write_model(tmp_path / "model"))
+    folder = write_teacher_folder(teacher, tmp_path / "cache", "claim").path
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "teacher.json").write_bytes(whole["teacher.json"].replace(b"300", b"301"))
+    (folder / "head.safetensors").write_bytes(b"half")
+    write_teacher_folder(teacher, tmp_path / "cache", "claim")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+def test_file_that_the_teacher_no_longer_has_stays(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model")
+    (source / "generation_config.json").write_text("{}")
+    folder = write_teacher_folder(opened(source), tmp_path / "cache", "claim").path
+    before = (folder / "teacher.json").read_bytes()
+    (source / "generation_config.json").unlink()
+    write_teacher_folder(opened(source), tmp_path / "cache", "claim")
+    assert (folder / "teacher.json").read_bytes() == before
+
+
 def test_another_teachers_folder_is_refused(tmp_path: Path) -> None:
     write_teacher_folder(opened(write_model(tmp_path / "a")), tmp_path / "cache", "claim")
     other = opened(write_model(tmp_path / "b", config={"rms_norm_eps": 1e-6}))

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from helpers_cache import commit_toy_shard, toy_columns, write_toy_cache
 
+from pipeline import verify
 from pipeline.__main__ import main
+from pipeline.claim import try_claim
 from pipeline.commit import commit_json, file_sha256, read_json
 from pipeline.errors import UserError, run_command
+from pipeline.folder_checks import read_plan
 from pipeline.manifest import read_manifest
 from pipeline.shard import Columns
+from pipeline.shard_checks import UnitCheck
 from pipeline.verify import Verification, verify_cache
 
 ROWS, LENGTH = 6, 32
@@ -339,18 +345,69 @@ def test_teacher_record_that_leaves_a_file_out(cache: Path) -> None:
     assert "does not name token_bytes.parquet" in lines(verify_cache(cache))
 
 
-def test_gaps_are_missing_and_strays_are_notes(cache: Path) -> None:
+def test_gaps_are_problems_and_strays_are_notes(cache: Path) -> None:
     for suffix in ("json", "parquet"):
         (cache / f"shard-00001.{suffix}").unlink()
     (cache / ".shard-00005.parquet.host-1-abc.tmp").write_bytes(b"half")
     (cache / "shard-00007.parquet").write_bytes(b"PAR1")
     (cache / "mine.txt").write_text("x")
     result = verify_cache(cache)
-    assert result.ok and result.missing == ["shard-00001"]
+    assert lines(result) == "shard-00001.json: is missing: dump it to close the gap"
+    assert result.missing == ["shard-00001"]
     noted = {note.file for note in result.notes}
-    assert noted == {"shard-00001", ".shard-00005.parquet.host-1-abc.tmp", "shard-00007.parquet", "mine.txt"}
+    assert noted == {".shard-00005.parquet.host-1-abc.tmp", "shard-00007.parquet", "mine.txt"}
     counted = verify_cache(cache, shards=4)
     assert counted.missing == ["shard-00001", "shard-00003"] and len(counted.problems) == 2
+
+
+def test_a_gap_that_a_dump_is_filling_is_a_note(cache: Path) -> None:
+    for suffix in ("json", "parquet"):
+        (cache / f"shard-00001.{suffix}").unlink()
+    claim = try_claim(cache, "shard-00001")
+    assert claim is not None
+    with claim:
+        result = verify_cache(cache)
+    assert result.ok and result.missing == []
+    assert "shard-00001.json: is missing: a dump is writing this shard" in map(str, result.notes)
+
+
+def test_no_more_shards_are_in_hand_than_the_threads_need(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """However many a cache has: results are handed over as they come."""
+    begun, handed = [0], [0]
+    real = verify.check_unit
+
+    def counted(*args: Any) -> UnitCheck:
+        begun[0] += 1
+        assert begun[0] - handed[0] <= 2 * verify.AHEAD + 2
+        return real(*args)
+
+    monkeypatch.setattr(verify, "check_unit", counted)
+    manifest = read_manifest(whole)
+    stems = ["shard-00000", "shard-00001"] * 20
+    for _ in verify.check_units(whole, manifest, read_plan(whole)[0], stems, 2):
+        handed[0] += 1
+    assert begun == handed == [40]
+
+
+def test_no_permission_is_no_damage(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be read is not judged; what the disk has lost is damage."""
+
+    def denied(number: int) -> Callable[..., Any]:
+        def raises(path: Path, *_: Any) -> Any:
+            raise OSError(number, "made up", str(path))
+
+        return raises
+
+    monkeypatch.setattr("pipeline.shard_checks.check_pages", denied(errno.EACCES))
+    with pytest.raises(PermissionError):
+        verify_cache(cache, repair="remove")
+    assert len(list(cache.glob("*.parquet"))) == 4
+    monkeypatch.setattr("pipeline.shard_checks.check_pages", denied(errno.EIO))
+    result = verify_cache(cache, repair="list")
+    assert result.repair is not None and len(result.repair.dump_again) == 4
+    assert "shard-00002.parquet: cannot be read: [Errno 5]" in lines(result)
 
 
 def test_command_line_status_lines_and_json(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,7 +424,7 @@ def test_command_line_status_lines_and_json(cache: Path, tmp_path: Path, capsys:
 def test_what_the_user_can_mend_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(lambda: main(["verify", "--cache", str(tmp_path)])) == 2
     assert "is no cache (manifest.json is missing)" in capsys.readouterr().err
-    with pytest.raises(UserError, match="known are inspect, verify, index, report, summary"):
+    with pytest.raises(UserError, match="known are inspect, verify, estimate, index, report, summary"):
         main(["veryfy"])
 
 

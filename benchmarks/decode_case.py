@@ -1,0 +1,175 @@
+"""One measurement of `decode`, in a process of its own.
+
+    python -m benchmarks.decode_case '{"model": "student", "context": 1024, "batch": 1}'
+
+Legend: B rows, T tokens of the prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.processes import report
+from benchmarks.random_cache import random_facts, random_tensors
+from benchmarks.train_baselines import random_teacher_model
+from benchmarks.train_case import Case as TrainCase
+from benchmarks.train_case import peak_gb, pick_device, reset_peak, seconds_of
+from student.model import DistilXLSTM, StudentState
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+        model: student or transformer.
+        context: tokens of the prompt.
+        batch: rows that are continued at once.
+        steps, warmup: tokens a row that are timed, and those before them.
+        preset: the student's shape, a file in manifests/students.
+        width, vocab, teacher_layers: of the teacher, whose shape the Transformer has; Qwen2.5-1.5B's.
+        heads, blocks: of the student, 0: the preset's.
+    """
+
+    model: str
+    context: int
+    batch: int
+    steps: int = 64
+    warmup: int = 8
+    preset: str = "fast"
+    width: int = 1536
+    vocab: int = 151_936
+    teacher_layers: int = 28
+    heads: int = 0
+    blocks: int = 0
+
+    def shape(self) -> TrainCase:
+        return TrainCase(
+            "decode", self.batch, self.context, self.preset, width=self.width, vocab=self.vocab,
+            teacher_layers=self.teacher_layers, heads=self.heads, blocks=self.blocks,
+        )  # fmt: skip
+
+
+class StudentDecoder:
+    """The student as `student.generate` runs it: float32, prompt in one parallel pass, then the recurrence."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        torch.manual_seed(0)
+        facts, tensors = random_facts(case.vocab, case.width), random_tensors(case.vocab, case.width, device)
+        self.model = DistilXLSTM(case.shape().student(), facts, tensors, case.context).float().to(device).eval()
+        self.state: StudentState | None = None
+
+    def prefill(self, ids_1T: Tensor) -> Tensor:
+        h_1D, self.state = self.model.prefill(ids_1T)
+        return self.model.logits(h_1D).argmax(-1)
+
+    def repeat(self, rows: int) -> None:
+        assert self.state is not None
+        self.state = StudentState(tuple(_repeated(block, rows) for block in self.state.blocks))
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        assert self.state is not None
+        h_BD, self.state = self.model.step(ids_B, self.state)
+        return self.model.logits(h_BD).argmax(-1)
+
+    def state_bytes(self) -> int:
+        assert self.state is not None
+        return self.state.bytes()
+
+
+class TransformerDecoder:
+    """A Transformer of the teacher's shape: bfloat16, scaled_dot_product_attention, the cache that `generate` uses."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.model = random_teacher_model(case.shape(), device)
+        self.cache: Any = None
+
+    def prefill(self, ids_1T: Tensor) -> Tensor:
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self.model.config)
+        return self.step_many(ids_1T)
+
+    def step_many(self, ids_BT: Tensor) -> Tensor:
+        found = self.model(input_ids=ids_BT, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        next_B: Tensor = found.logits[:, -1].argmax(-1)
+        return next_B
+
+    def repeat(self, rows: int) -> None:
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys.repeat(rows, 1, 1, 1), layer.values.repeat(rows, 1, 1, 1)
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        return self.step_many(ids_B[:, None])
+
+    def state_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for layer in self.cache.layers for t in (layer.keys, layer.values))
+
+
+def _repeated(value: Any, rows: int) -> Any:
+    """A block's state of one row as that of many. The sLSTM's tensor has its row second, all others first."""
+    states = {}
+    for name, part in value.items():
+        if name == "slstm_state":
+            states[name] = part.repeat(1, rows, 1)
+        else:
+            states[name] = tuple(t.repeat(rows, *[1] * (t.ndim - 1)) for t in part)
+    return states
+
+
+@torch.inference_mode()
+def measure(case: Case, seen: Callable[[Tensor], object] = lambda ids_B: None) -> dict[str, Any]:
+    """Prefill one row, give its state to all rows, then time the steps.
+
+    Rows of one prompt cost what rows of different ones do, for no operation depends on what the numbers are.
+
+    Args:
+        seen: is given the ids of every step, the prompt's own continuation first.
+    """
+    device = pick_device()
+    decoder = (StudentDecoder if case.model == "student" else TransformerDecoder)(case, device)
+    generator = torch.Generator(device).manual_seed(0)
+    prompt_1T = torch.randint(case.vocab, (1, case.context), generator=generator, device=device)
+    first: list[Tensor] = []
+    # Twice: the first one compiles kernels for this length.
+    prefill = seconds_of(lambda: first.append(decoder.prefill(prompt_1T)), 1, device, warmup=1)
+    decoder.repeat(case.batch)
+    ids_B = first[-1].repeat(case.batch)
+    seen(ids_B)
+
+    def step() -> None:
+        nonlocal ids_B
+        ids_B = decoder.step(ids_B)
+        seen(ids_B)
+
+    for _ in range(case.warmup):
+        step()
+    reset_peak(device)
+    seconds = seconds_of(step, case.steps, device)
+    return {
+        "tokens_per_s": case.steps * case.batch / seconds,
+        "ms_per_step": seconds / case.steps * 1e3,
+        "prefill_tokens_per_s": case.context / prefill,
+        "state_gb": decoder.state_bytes() / 1e9,
+        **peak_gb(device),
+    }
+
+
+def main() -> None:
+    case = Case(**json.loads(sys.argv[1]))
+    try:
+        report(measure(case))
+    except torch.OutOfMemoryError as error:
+        report({"skipped": f"out of memory: {str(error).splitlines()[0]}"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The student's kernels as a Hopper GPU would get them, compiled where there is none.
+
+Triton's interpreter, which the other tests use on a CPU, takes what the compiler refuses: arguments that are 1, and
+more shared memory than an SM has. Here a driver that only names the target stands in for the GPU, and nothing is run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHARED_MEMORY = 227 * 1024
+
+COMPILE = """
+import json, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+class Hopper:
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device=None: 0
+    get_active_torch_device = lambda self: torch.device("cpu")
+
+driver.set_active(Hopper())
+used, launch = {}, jit.JITFunction.run
+def compile_only(self, *args, grid, warmup, **kwargs):
+    kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+    used[self.fn.__name__] = kernel.metadata.shared
+    return kernel
+jit.JITFunction.run = compile_only
+
+from student.losses.fused_triton import kd_rows_
+from student.slstm_triton import slstm_recurrence
+
+batch, heads, width = (int(word) for word in sys.argv[1:4])
+dtype = getattr(torch, sys.argv[4])
+x_BTG = torch.zeros(batch, 8, 4 * heads * width, dtype=dtype, requires_grad=True)
+R_Hgd = torch.zeros(heads, 4 * width, width)
+y_BTHd, _ = slstm_recurrence(x_BTG, R_Hgd, torch.zeros(4 * heads * width), torch.zeros(4, batch, heads * width))
+y_BTHd.float().sum().backward()
+teacher = torch.zeros(batch, 64, dtype=torch.int32), torch.zeros(batch, 64), torch.zeros(batch)
+kd_rows_(torch.zeros(batch, 1000, dtype=dtype), torch.zeros(batch, dtype=torch.int64), *teacher, 0.2, 0.8, 1.5, True)
+print(json.dumps(used))
+"""
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "width", "dtype"),
+    [(1, 24, 64, "bfloat16"), (64, 16, 96, "bfloat16"), (1, 24, 64, "float32")],
+    ids=["one row", "the paper's heads", "float32"],
+)
+def test_kernels_compile_and_fit(batch: int, heads: int, width: int, dtype: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", COMPILE, str(batch), str(heads), str(width), dtype]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    used = json.loads(done.stdout.splitlines()[-1])
+    assert used.keys() == {"_forward", "_backward", "_kd_rows"}
+    assert max(used.values()) <= SHARED_MEMORY, used

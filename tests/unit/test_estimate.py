@@ -1,0 +1,235 @@
+"""What `python -m pipeline estimate` says: that its rules reproduce what was measured, and that it says where from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from helpers_cache import write_toy_cache
+
+from benchmarks.dump_throughput import SHAPES
+from pipeline.__main__ import main
+from pipeline.cache import Cache
+from pipeline.costs import (
+    KNOWN,
+    TeacherShape,
+    column_bytes,
+    raw_bytes,
+    read_results,
+    readers,
+    student_flop,
+    student_rate,
+)
+from pipeline.errors import UserError, run_command
+from pipeline.estimate import estimate
+from pipeline.estimate_plan import CORPUS_DEFAULTS, DUMP_DEFAULTS, DUMP_FIELDS, Options
+from pipeline.index import ShardEntries
+from pipeline.schema import CacheSpec
+from student.order import RowGroups, epoch_rows
+from student.ranks import share_of
+from teacher_dump.corpus import CorpusConfig
+from teacher_dump.settings import DumpConfig
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """The measured dump: Qwen2.5-1.5B at T = 2048, K = 64."""
+    path = tmp_path / "measured.yaml"
+    path.write_text(yaml.safe_dump({"corpus": {"source": "none"}, "teacher": "Qwen/Qwen2.5-1.5B", "cache": "none"}))
+    return path
+
+
+def of(manifest: Path, **changes: Any) -> dict[str, dict[str, Any]]:
+    sections, _ = estimate(Options(manifest=str(manifest), results=RESULTS, **changes))
+    return {title: {name: figure.value for name, figure in rows.items()} for title, rows in sections.items()}
+
+
+def test_defaults_and_options_are_stage_ones() -> None:
+    for kind, wanted in ((DumpConfig, DUMP_DEFAULTS), (CorpusConfig, CORPUS_DEFAULTS)):
+        own = {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+        assert {name: own[name] for name in wanted} == wanted
+    assert {field.name for field in fields(DumpConfig)} == DUMP_FIELDS
+
+
+def test_shapes_are_those_that_were_measured_and_have_the_published_sizes() -> None:
+    for name, config in SHAPES.items():
+        assert {key: config[key] for key in KNOWN[name]} == KNOWN[name]
+    published = {"qwen2.5-1.5b": 1.544e9, "qwen2.5-7b": 7.616e9, "llama-3.1-8b": 8.030e9, "llama-3.1-70b": 70.55e9}
+    published |= {"smollm2-135m": 134.5e6, "qwen2.5-0.5b": 494e6}
+    for name, parameters in published.items():
+        assert TeacherShape.of_config(name, KNOWN[name]).parameters == pytest.approx(parameters, rel=2e-3)
+
+
+def test_measured_shapes_come_out_as_measured(manifest: Path) -> None:
+    found = of(manifest)["stage one"]
+    assert found["bare prefill, a GPU"] == 191123
+    assert found["dump, a GPU"] == pytest.approx(152_512, rel=0.01)  # of the run's own bare, which was 0.3% faster
+    llama = of(manifest, teacher="meta-llama/Llama-3.1-8B")["stage one"]
+    assert llama["bare prefill, a GPU"] == 42106 and llama["our share"] == pytest.approx(0.8974 * 0.968, rel=0.01)
+    # Either shape from the other one's share of peak: how far the rule is off between 1.5 and 8 B parameters.
+    assert found["share of peak"] / llama["share of peak"] == pytest.approx(1.0, abs=0.15)
+
+
+def test_bytes_of_the_measured_rows_come_out_as_measured() -> None:
+    storage = read_results(RESULTS, "storage")
+    for row in storage["rows"]:
+        if row["layout"] == "ours":
+            spec = CacheSpec.from_record({**storage["spec"], "k": row["K"]})
+            found = sum(float(figure.value or 0) for figure in column_bytes(spec, storage).values())
+            assert found + row["columns"]["footer"] == pytest.approx(row["bytes_per_token"], rel=2e-3), row["K"]
+    between = replace(spec, k=45)
+    ids = column_bytes(between, storage)["topk_ids"]
+    assert 52.12 < float(ids.value or 0) < 108.0 and "scaled to K=45" in ids.source
+
+
+def test_bytes_of_a_larger_vocabulary_are_near_those_of_its_dump(manifest: Path) -> None:
+    """178.8 B/token were committed at V = 151,936, from random weights."""
+    assert of(manifest)["bytes of a token"]["all"] == pytest.approx(178.8, rel=0.03)
+
+
+def test_uncompressed_bytes_are_what_arrow_holds(tmp_path: Path) -> None:
+    cache = Cache(write_toy_cache(tmp_path / "c", units=1, length=32, block=8, window=4, tail_samples=3))
+    with cache.open(cache.shards()[0]) as shard:
+        table = shard.parquet.read_row_group(0)
+    found = raw_bytes(cache.spec)
+    for name in cache.spec.shapes():
+        values = table.column(name).combine_chunks().flatten()
+        assert found[name] == len(values) * values.type.bit_width / 8 / (len(table) * 32), name
+
+
+def test_numbers_follow_from_each_other(manifest: Path) -> None:
+    found = of(
+        manifest, tokens=1e12, gpus=64, teacher_tokens_per_s=1e5, student_tokens_per_s=8e4, gpu_hour_cost=2.5, epochs=3
+    )
+    assert found["what"]["training shards"] == 953_675 and found["what"]["training tokens"] >= 1e12
+    tokens = (953_675 + 1) * 2**20
+    one, two = found["stage one"], found["stage two"]
+    assert one["GPU hours"] == pytest.approx(tokens / 1e5 / 3600) and one["time"] == pytest.approx(
+        one["GPU hours"] / 64
+    )
+    assert one["cost"] == pytest.approx(2.5 * one["GPU hours"])
+    assert two["GPU hours"] == pytest.approx(3 * 953_675 * 2**20 / 8e4 / 3600)
+    per_token = found["bytes of a token"]["all"]
+    assert found["disk"]["bytes"] == pytest.approx(per_token * tokens, rel=1e-6)
+    assert two["bytes read"] == pytest.approx(3.4 * 64 * 8e4 * per_token, rel=1e-3)
+    assert found["disk"]["files"] == 2 * (953_675 + 1)
+
+
+def test_row_groups_are_read_as_often_as_the_loader_reads_them() -> None:
+    """The constants are the loader's own order, played through: 32 rows a rank, groups of 64 rows, a window of 16."""
+    digest = np.zeros((192, 32), np.uint8)
+    same = {name: np.full(192, 64) for name in ("bytes", "rows", "tokens")}
+    entries = ShardEntries({"unit": np.arange(192), **same, "sha256": digest, "footer_sha256": digest})
+    rows = list(epoch_rows(RowGroups(entries, 64), 0, 0, 16))
+    for ranks in (1, 2, 4, 8, 16):
+        batches = [rows[at : at + 32 * ranks] for at in range(0, len(rows) - 32 * ranks + 1, 32 * ranks)]
+        pairs = {(r, group) for batch in batches for r in range(ranks) for group, _ in share_of(batch, r, ranks)}
+        assert len(pairs) / 192 == pytest.approx(readers(ranks), rel=0.12), ranks
+
+
+def test_a_teacher_that_is_not_known_is_scaled_by_its_parameters(manifest: Path) -> None:
+    sizes = {"teacher": "someone/Large", "vocab_size": 128_256, "width": 8192}
+    half = of(manifest, teacher_params=35e9, **sizes)["stage one"]
+    whole = of(manifest, teacher_params=70e9, **sizes)["stage one"]
+    head = 2 * 128_256 * 8192
+    assert half["bare prefill, a GPU"] / whole["bare prefill, a GPU"] == pytest.approx((70e9 - head) / (35e9 - head))
+    assert whole["GPUs a teacher"] == 2 and half["GPUs a teacher"] == 1
+    known = of(manifest, teacher="meta-llama/Llama-3.1-70B")["stage one"]
+    assert known["bare prefill, a GPU"] == pytest.approx(whole["bare prefill, a GPU"], rel=0.05)
+
+
+def test_small_windows_are_limited_by_encoding(manifest: Path) -> None:
+    every, wide = (of(manifest, window=w)["stage one"]["dump, a GPU"] for w in (1, 64))
+    assert every == 54_000 and wide > 150_000
+
+
+def test_the_students_rate_is_scaled_from_what_was_measured(manifest: Path) -> None:
+    train = {
+        "device": "chip",
+        "rows": [
+            {"case": "synthetic", "preset": "fast", "batch": 64, "length": 512, "tokens_per_s": 9e9},
+            {"case": "shards", "preset": "fast", "batch": 64, "length": 512, "tokens_per_s": 160_000},
+            {"case": "shards", "preset": "fast", "batch": 16, "length": 2048, "tokens_per_s": 150_000},
+        ],
+    }
+    shape = TeacherShape.of_config("qwen2.5-1.5b", KNOWN["qwen2.5-1.5b"])
+    same = student_rate(shape, 6, 2048, train, 989.0)
+    assert same.value == 150_000 and same.source.startswith("measured")
+    llama = student_rate(TeacherShape.of_config("llama-3.1-8b", KNOWN["llama-3.1-8b"]), 6, 512, train, 989.0)
+    ratio = student_flop(1536, 6, 151_936) / student_flop(4096, 6, 128_256)
+    assert llama.value == pytest.approx(160_000 * ratio) and llama.source.startswith("scaled")
+    assert student_rate(shape, 6, 2048, None, 989.0).value is None
+
+
+def test_training_is_estimated_as_soon_as_it_was_measured(manifest: Path, tmp_path: Path) -> None:
+    shutil.copytree(RESULTS, tmp_path / "results")
+    rows = [{"case": "shards", "preset": "fast", "batch": 16, "length": 2048, "tokens_per_s": 150_000}]
+    (tmp_path / "results" / "train_throughput.json").write_text(json.dumps({"device": "chip", "rows": rows}))
+    sections, _ = estimate(Options(manifest=str(manifest), results=tmp_path / "results"))
+    assert sections["stage two"]["training, a GPU"].value == 150_000
+
+
+def test_every_figure_says_where_it_is_from(manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["estimate", "--manifest", str(manifest), "--results", str(RESULTS), "--student_tokens_per_s", "80000"]
+    assert main([*arguments, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    sections = {title: rows for title, rows in record.items() if title not in ("options", "notes")}
+    assert len(sections) == 5
+    assert all(figure["source"] for rows in sections.values() for figure in rows.values())
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for rows in sections.values() for name in rows)
+    assert "given: --student_tokens_per_s" in text and "no cost: give --gpu_hour_cost" in text
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "manifests" / "dumps").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_manifest_here_is_understood(path: Path) -> None:
+    given = yaml.safe_load(path.read_text())
+    found = of(path)
+    assert found["what"]["training shards"] == given.get("shards", 64) and found["stage one"]["GPU hours"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--manifest is missing"),
+        (["--manifest", "manifests/dumps/none.yaml"], "there is no such file: known there are"),
+        (["--manifest", "{m}", "--tokens", "0"], "--tokens 0: must be 1 or more"),
+        (["--manifest", "{m}", "--tokens", "many"], "many"),
+        (["--manifest", "{m}", "--tokens", "1e9", "--shards", "3"], "--tokens and --shards both say how much"),
+        (["--manifest", "{m}", "--k", "0"], "k is 0 .given: --k.: must be a whole number, 1 or more"),
+        (["--manifest", "{m}", "--k", "999999"], "the teacher's vocabulary has only 151936 ids"),
+        (["--manifest", "{m}", "--length", "1000"], "must be a multiple of length 1000"),
+        (["--manifest", "{m}", "--block", "100"], "must be a multiple of block 100"),
+        (["--manifest", "{m}", "--teacher", "some/one"], "its size is not known here; give --teacher_params"),
+        (["--manifest", "{m}", "--teacher", "some/one", "--teacher_params", "7e9"], "needs --vocab_size too"),
+        (["--manifest", "{m}", "--teacher_params", "1e6"], "embedding and head alone have"),
+        (["--manifest", "{m}", "--gpus", "0"], "--gpus 0: must be above 0"),
+        (["--manifest", "{m}", "--gpu_hour_cost", "-1"], "--gpu_hour_cost -1: must be 0 or more"),
+        (["--manifest", "{m}", "--teacher_tokens_per_s", "0"], "--teacher_tokens_per_s 0: must be above 0"),
+        (["--manifest", "{m}", "--student", "none.yaml"], "--student none.yaml: there is no such file"),
+        (["--manifest", "{m}", "--results", "nowhere"], "nowhere/storage.json is missing: run `python -m benchmarks"),
+        (["--manifest", "{bad}"], "shard is no option of a dump"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    manifest: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    bad = manifest.with_name("bad.yaml")
+    bad.write_text("shard: 3\n")
+    given = [word.format(m=manifest, bad=bad) for word in words]
+    assert run_command(lambda: main(["estimate", *given])) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    with pytest.raises(UserError, match=said):
+        main(["estimate", *given])
