@@ -60,12 +60,15 @@ class RayEngine:
         os.environ["OMP_NUM_THREADS"] = str(threads or _own_cores(ray, self._node, len(gpus)))
         with contextlib.suppress(OSError):
             os.chdir(folder)
+        self._open_mailbox()
+        threading.Thread(target=self._run, args=(work, marker), name="engine", daemon=True).start()
+
+    def _open_mailbox(self) -> None:
         self._changed = threading.Condition()
         self._messages: list[tuple[Any, ...]] = []
         self._tokens: dict[str, int] = {}
         self._answers: deque[tuple[Any, ...]] = deque()
         self._stop = False
-        threading.Thread(target=self._run, args=(work, marker), name="engine", daemon=True).start()
 
     # What the driver calls.
 

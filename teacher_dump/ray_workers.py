@@ -104,7 +104,8 @@ class RayWorkers:
         # Engines may run elsewhere: a relative place would be another one.
         self.work = work if is_remote(work.cache) else replace(work, cache=work.cache.absolute())
         self.room, self.progress, self._start = room, progress, start
-        self.pending = deque(units)
+        self._fresh = iter(units)  # there may be a million: not held as objects
+        self.returned: deque[Unit] = deque()  # those that came back free of blame
         self.suspects: deque[Unit] = deque()  # lost with an engine: handed out alone, after all others
         self.blocked: dict[str, Blocked] = {}
         self.left = len(units)
@@ -268,12 +269,14 @@ class RayWorkers:
         return (unit,)
 
     def _unit_for(self, engine: Engine) -> Unit | None:
-        if self.pending:
-            # One that holds a suspect alone gets nothing beside it, so that it is known what ended it.
-            return None if any(name in self.failures for name in engine.held) else self.pending.popleft()
-        if self.suspects and engine.asks == "idle":
-            return self.suspects.popleft()
-        return None
+        if any(name in self.failures for name in engine.held):
+            return None  # nothing beside a suspect, so that it is known what ended the engine
+        unit = next(self._fresh, None)
+        if unit is None and self.returned:
+            unit = self.returned.popleft()
+        if unit is None and self.suspects and engine.asks == "idle":
+            unit = self.suspects.popleft()
+        return unit
 
     def _look_at_blocked(self) -> None:
         now = time.monotonic()
@@ -282,7 +285,7 @@ class RayWorkers:
                 continue
             if self._claims.free(name):
                 del self.blocked[name]
-                (self.suspects if entry.suspect else self.pending).append(entry.unit)
+                (self.suspects if entry.suspect else self.returned).append(entry.unit)
             else:
                 entry.look_at, entry.pause = now + entry.pause, min(5.0, 1.5 * entry.pause)
         if self.blocked and len(self.blocked) == self.left:
