@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.claim import REFRESH_SECONDS
 from pipeline.claim_holders import Silence, free, free_if_dead, held_by, this_machine
 from pipeline.errors import UserError, one_line
+from pipeline.store import is_remote
 from teacher_dump.gpus import THREADS
 from teacher_dump.ray_engine import NODE, RayEngine
 from teacher_dump.stop_signals import interrupt_on_sigterm
@@ -263,6 +264,15 @@ class DeadClaims:
 
     def free(self, name: str) -> bool:
         """Whether the work called `name` is free, or could be freed; does not wait, so ask again."""
+        try:
+            return self._free(name)
+        except Exception as error:
+            if not (isinstance(error, OSError) or is_remote(self._cache)):  # stores' drivers have kinds of their own
+                raise
+            log.debug("the claim of %s: %s", name, error)  # the storage may answer next time
+            return False
+
+    def _free(self, name: str) -> bool:
         if free_if_dead(self._cache, name):
             return True
         holding = held_by(self._cache, name)

@@ -20,6 +20,7 @@ from pipeline.claim import HOLDER_FACTS
 from pipeline.claim_holders import this_machine
 from pipeline.errors import UserError
 from pipeline.schema import unit_name
+from pipeline.store import again
 
 if TYPE_CHECKING:
     from pipeline.shard import ShardRecord
@@ -187,8 +188,8 @@ def check_storage(work: Work, marker: Path, host: str) -> None:
     """
     own = marker.with_name(f"{marker.name}.{os.getpid()}.{host}.tmp")
     try:
-        own.write_text(host)  # makes a network file system look at the folder anew
-        seen = marker.is_file()
+        again(lambda: own.write_text(host), own)  # makes a network file system look at the folder anew
+        seen = again(marker.is_file, marker)
         own.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(

@@ -6,6 +6,7 @@ lost engine go to others once their claims are free. All that must outlive the d
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import time
@@ -19,7 +20,7 @@ from pipeline.commit import new_claim_id
 from pipeline.errors import UserError, one_line
 from pipeline.schema import unit_name
 from pipeline.shard import ShardRecord
-from pipeline.store import is_remote
+from pipeline.store import again, is_remote
 from teacher_dump.plan import Unit
 from teacher_dump.progress import DumpProgress
 from teacher_dump.ray_cluster import DeadClaims, EngineRoom
@@ -136,7 +137,7 @@ class RayWorkers:
         try:
             if self.left:
                 marker.parent.mkdir(parents=True, exist_ok=True)
-                marker.write_text("engines look for this file")
+                again(lambda: marker.write_text("engines look for this file"), marker)
                 self._payload = ray.put(pickle.dumps((self.work, self._start)))
                 self.progress.say(f"loading teacher {self.work.teacher.name} in vLLM on {self._cluster()}")
             while self.left:
@@ -150,7 +151,8 @@ class RayWorkers:
             try:
                 self._stop()
             finally:
-                marker.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    marker.unlink(missing_ok=True)
         if self.given_up:
             raise UserError(self._told_given_up())
         return self.lost
