@@ -20,6 +20,23 @@ pytest.importorskip("ray")
 ALL = {"heldout-00000", *(f"shard-{i:05d}" for i in range(SHARDS))}
 
 
+STARTS = "import ray; ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False); print(ray.get(ray.put(7)))"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_starts() -> None:
+    """Ray needs loopback ports, shared memory and processes of its own: some sandboxes do not give it these."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", STARTS], env=environment(), capture_output=True, text=True, timeout=120
+        )
+        told = done.stderr[-300:] if done.returncode or "7" not in done.stdout else ""
+    except subprocess.TimeoutExpired:
+        told = "it did not start in two minutes"
+    if told:
+        pytest.skip(f"Ray itself does not run on this machine: {told}")
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
     with RayCluster() as cluster:
