@@ -11,6 +11,8 @@ SHARD ?= 0
 PROMPT ?= The history of science is
 GPUS ?=
 TP ?=
+RAY ?=
+UNITS ?=
 DEVICE ?=
 ARGS ?=
 
@@ -23,7 +25,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export VLLM_NO_USAGE_STATS = 1
 # PROMPT travels by environment, literally: a prompt may hold quotes and dollar signs.
 
-ENGINES = $(if $(GPUS),--gpus $(GPUS)) $(if $(TP),--engine.tensor_parallel $(TP))
+ENGINES = $(if $(GPUS),--gpus $(GPUS)) $(if $(TP),--engine.tensor_parallel $(TP)) $(if $(RAY),--ray $(RAY)) $(if $(UNITS),--units $(UNITS))
 AGAIN = $(MAKE) --no-print-directory ARGS=
 
 .DEFAULT_GOAL := help
@@ -40,8 +42,10 @@ help: ## show this
 	  RUN '$(RUN)' 'folder of the training run' \
 	  SHARD '$(SHARD)' 'shard that inspect shows' \
 	  PROMPT "$$PROMPT" 'text that generate continues' \
-	  GPUS '$(or $(GPUS),all there are)' 'GPUs to use; dump-teacher uses one engine unless told' \
+	  GPUS '$(or $(GPUS),all there are)' 'GPUs to use; dump-teacher uses one engine unless told, with RAY all' \
 	  TP '$(or $(TP),1)' 'GPUs that dump-teacher spreads one teacher over' \
+	  RAY '$(or $(RAY),none)' 'cluster that dump-teacher runs on: auto, local or HOST:PORT' \
+	  UNITS '$(or $(UNITS),all)' 'shards that dump-teacher sees to: FIRST:END' \
 	  DEVICE '$(or $(DEVICE),what the machine has)' 'cpu or cuda: which packages set-up installs' \
 	  ARGS '$(or $(ARGS),none)' 'further options, passed on to the command'
 

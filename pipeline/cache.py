@@ -14,7 +14,7 @@ from pipeline.index import INDEX, ShardEntries, ShardEntry, listed_units, read_i
 from pipeline.local_copies import LocalCopies
 from pipeline.manifest import read_manifest
 from pipeline.row_checks import check_indices
-from pipeline.schema import HELDOUT_UNIT, unit_name
+from pipeline.schema import HELDOUT_UNIT, MOST_GROUPS, unit_name
 from pipeline.shard import Columns, DamagedShard, ShardFile, ShardRecord, read_record
 from pipeline.store import open_path
 from pipeline.teacher_folder import TeacherFolder, local_teacher
@@ -70,7 +70,14 @@ class Cache:
             entries = entries.select(np.isin(entries.unit, units))
         new = units[~np.isin(units, entries.unit)]
         records = (self._record_if_there(int(unit)) for unit in new)
-        return entries.and_also(ShardEntries.of(record for record in records if record is not None))
+        entries = entries.and_also(ShardEntries.of(record for record in records if record is not None))
+        most = MOST_GROUPS * self.spec.rows_per_group
+        for index in np.flatnonzero(entries.rows > most)[:1]:  # the order of an epoch is made from these numbers
+            raise UserError(
+                f"{self.path / entries[index].name}.json says {entries.rows[index]} rows, none has more than {most}: "
+                "it was damaged or another program wrote it; restore it from a copy"
+            )
+        return entries
 
     def records(self, split: str = "train") -> Iterator[ShardRecord]:
         """The whole records of the committed shards of `split`, ordered by unit, each read from its JSON."""

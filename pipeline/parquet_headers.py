@@ -196,8 +196,9 @@ def check_place(chunk: dict[str, Any], leaf: Leaf) -> dict[str, Any]:
         Malformed: its pages are elsewhere or encrypted, a field is missing, or its statistics do not suit the schema
             (Arrow ends the process where they do not).
     """
-    if chunk.keys() & {"file_path", "encryption", "encrypted"} or "meta" not in chunk:
+    if chunk.keys() & {"file_path", "encryption", "encrypted"}:
         raise Malformed("its pages are in another file or encrypted")
+    need(chunk, "meta")
     meta: dict[str, Any] = chunk["meta"]
     need(meta, "type", "encodings", "path", "codec", "values", "uncompressed", "compressed", "data_page")
     for name in meta["path"]:
@@ -332,7 +333,7 @@ def pages(read_at: ReadAt, chunk: Chunk) -> Iterator[Page]:
         type_, uncompressed, compressed = need(record, "type", "uncompressed", "compressed")
         position += size
         if uncompressed < 0 or not 0 <= compressed <= end - position:
-            raise Malformed(f"a page of {compressed} bytes where {end - position} are left")
+            raise Malformed(f"a page of {compressed} bytes ({uncompressed} unpacked) where {end - position} are left")
         position += compressed
         if type_ == INDEX_PAGE:
             continue

@@ -61,7 +61,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Every rank reads the file and keeps its part of it."""
         assert self.model is not None
         path = Path(self.broadcast(checkpoint_path))
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         set_model_state_dict(self.model, checkpoint["state_dict"], options=StateDictOptions(full_state_dict=True))
         name_of = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=True):

@@ -47,19 +47,24 @@ def run_dump(config: DumpConfig) -> DumpResult:
         UserError: see `engine_slots`, `prepare`, `take_shards`, `Workers.run`, `connected` and `RayWorkers.run`.
     """
     if not config.ray:
-        return _run(config, partial(_on_this_machine, engine_slots(config.gpus, config.engine.tensor_parallel)))
+        return run_with(config, partial(_on_this_machine, engine_slots(config.gpus, config.engine.tensor_parallel)))
     from teacher_dump.ray_cluster import EngineRoom, connected
     from teacher_dump.ray_workers import RayWorkers
 
     with connected(config.ray, log.info) as ray:
         room = EngineRoom(ray, config.gpus, config.engine.tensor_parallel)
-        if not config.engine.rows_per_step:  # those of the cluster's devices; this machine may have none
-            rows = default_rows_per_step(config.length, room.on_gpu)
-            config = replace(config, engine=replace(config.engine, rows_per_step=rows))
-        return _run(config, lambda work, units, progress: RayWorkers(work, units, room, progress).run())
+        config = for_devices(config, room.on_gpu)
+        return run_with(config, lambda work, units, progress: RayWorkers(work, units, room, progress).run())
 
 
-def _run(config: DumpConfig, engines: Engines) -> DumpResult:
+def for_devices(config: DumpConfig, on_gpu: bool) -> DumpConfig:
+    """Fix what is left to the devices of the engines, if they are not this machine's."""
+    rows = config.engine.rows_per_step or default_rows_per_step(config.length, on_gpu)
+    return replace(config, engine=replace(config.engine, rows_per_step=rows))
+
+
+def run_with(config: DumpConfig, engines: Engines) -> DumpResult:
+    """A dump whose missing units `engines` sees to; see `run_dump`."""
     started = time.monotonic()
     work = prepare(config)
     clear_dead_claims(work.cache)
@@ -76,8 +81,9 @@ def _run(config: DumpConfig, engines: Engines) -> DumpResult:
     cache = Cache(work.cache)
     if len(progress.written) >= WORTH_WHILE:
         cache.build_index()
-    tokens = sum(int(cache.shards(split).tokens.sum()) for split in ("train", "heldout"))
-    return DumpResult(len(progress.written), len(units), tokens, time.monotonic() - started, tuple(lost))
+    there = [cache.shards(split) for split in ("train", "heldout")]
+    tokens = sum(int(shards.tokens.sum()) for shards in there)
+    return DumpResult(len(progress.written), sum(map(len, there)), tokens, time.monotonic() - started, tuple(lost))
 
 
 def _on_this_machine(slots: list[EngineSlot], work: Work, pending: Units, progress: DumpProgress) -> list[str]:

@@ -39,7 +39,7 @@ class DumpProgress:
             total=tokens,
             unit="tok",
             unit_scale=True,
-            disable=not sys.stderr.isatty(),
+            disable=sys.stderr is None or not sys.stderr.isatty(),  # None: the process was started without one
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} tok {rate_fmt} ETA {remaining}{postfix}",
             dynamic_ncols=True,
         )

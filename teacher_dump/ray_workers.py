@@ -58,8 +58,7 @@ class Engine:
     number: int
     actor: Any
     group: Any  # its placement group, if it has one
-    hello: Any  # until it is known where it runs
-    call: Any  # what it is being asked
+    call: Any  # what it is being asked; first of all, where it runs
     place: str = "not placed yet"
     node: str = ""
     ready: bool = False
@@ -143,6 +142,9 @@ class RayWorkers:
                 self._recruit(marker)
                 self._look_at_blocked()
                 self._listen()
+            deadline = time.monotonic() + STOP_SECONDS
+            while any(e.ready and e.asks != "idle" for e in self.engines) and time.monotonic() < deadline:
+                self._listen()  # the last shards are committed, their claims not released yet
         finally:
             try:
                 self._stop()
@@ -172,7 +174,7 @@ class RayWorkers:
             self._number += 1
             environment = {name: value for name, value in os.environ.items() if name.startswith("VLLM_")}
             actor, group = self.room.start(self._payload, marker, os.getcwd(), environment)
-            self.engines.append(Engine(self._number, actor, group, actor.hello.remote(), actor.exchange.remote(None)))
+            self.engines.append(Engine(self._number, actor, group, actor.hello.remote()))
         if not self.engines and off:
             raise UserError(self._told_all_lost())
         unplaced = sum(not engine.node for engine in self.engines)
@@ -186,27 +188,21 @@ class RayWorkers:
     def _listen(self) -> None:
         """Take in what engines tell, for at most `POLL_SECONDS`."""
         ray = self.room.ray
-        calls: dict[Any, Engine] = {}
-        for engine in self.engines:
-            calls[engine.call] = engine
-            if engine.hello is not None:
-                calls[engine.hello] = engine
+        calls = {engine.call: engine for engine in self.engines}
         if not calls:
             time.sleep(POLL_SECONDS)
             return
         if ray.wait(list(calls), timeout=POLL_SECONDS)[0]:
             for call in ray.wait(list(calls), num_returns=len(calls), timeout=0)[0]:
-                engine = calls[call]
-                if engine in self.engines:  # else it was just lost
-                    self._hear(engine, call)
+                self._hear(calls[call])
 
-    def _hear(self, engine: Engine, call: Any) -> None:
+    def _hear(self, engine: Engine) -> None:
         ray = self.room.ray
         try:
-            told = ray.get(call)
+            told = ray.get(engine.call)
         except ray.exceptions.ActorUnavailableError:
             # What it told may be lost, so that it is of no more use; Ray will know what became of it.
-            engine.cut_off, engine.hello, engine.call = True, None, engine.actor.hello.remote()
+            engine.cut_off, engine.call = True, engine.actor.hello.remote()
             return
         except ray.exceptions.RayError as error:
             self._lose(engine, *_cause(error, self._lives(engine.node)))
@@ -214,12 +210,12 @@ class RayWorkers:
         if engine.cut_off:
             self._lose(engine, "the connection to it was lost for a moment")
             return
-        if call is engine.hello:
-            engine.hello, engine.node, engine.place = None, told["node"], told["place"]
+        if not engine.node:
+            engine.node, engine.place = told["node"], told["place"]
             self._claims.machine_is(told["node"], told["machine"])
-            return
-        for message in told:
-            self._take(engine, message)
+        else:
+            for message in told:
+                self._take(engine, message)
         if engine in self.engines and not engine.stopped:
             engine.call = engine.actor.exchange.remote(self._answer(engine))
 
@@ -318,7 +314,7 @@ class RayWorkers:
             if len(self.failures.get(name, ())) >= ATTEMPTS:
                 self.given_up[name] = cause
                 self.left -= 1
-                self.progress.say(f"{name} was lost with {ATTEMPTS} workers and is given up: {cause}")
+                self.progress.say(f"{name} has ended {ATTEMPTS} workers and is given up")
             else:
                 self.blocked[name] = Blocked(held.unit, name in self.failures)
         if not node_left:
@@ -343,9 +339,10 @@ class RayWorkers:
     def _told_given_up(self) -> str:
         told = "; ".join(f"{name}: {cause}" for name, cause in list(self.given_up.items())[:5])
         more = f"; and {len(self.given_up) - 5} more" if len(self.given_up) > 5 else ""
+        count = f"{len(self.given_up)} shard{'s' * (len(self.given_up) > 1)}"
         return (
-            f"{len(self.given_up)} shards could not be written, each was lost with {ATTEMPTS} workers: {told}{more}. "
-            "All others are committed; mend the cause and run the same command again"
+            f"{count} could not be written in {ATTEMPTS} attempts, each of which ended a worker: {told}{more}. All "
+            "others are committed; mend the cause and run the same command"
         )
 
     def _say_once(self, sentence: str) -> None:
@@ -364,7 +361,7 @@ class RayWorkers:
                 ready, _ = self.room.ray.wait([engine.call for engine in working], timeout=POLL_SECONDS)
                 for engine in working:
                     if engine.call in ready:
-                        self._hear(engine, engine.call)
+                        self._hear(engine)
         finally:
             for engine in self.engines:
                 self.room.end(engine.actor, engine.group)

@@ -5,7 +5,6 @@ The folder is written before the first shard, so that a cache whose dump was cut
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import shutil
@@ -19,13 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from pipeline.commit import DigestingFile, canonical_json, commit_file, commit_json, file_sha256
 from pipeline.errors import UserError, one_line
 from pipeline.teacher_folder import TeacherFacts, TeacherFolder, facts_record
 from teacher_dump.embedded import resolve_embedded
+from teacher_dump.head_file import write_safetensors
 from teacher_dump.token_bytes import token_bytes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -244,7 +243,7 @@ def write_teacher_folder(teacher: Teacher, cache: Path, claim: str) -> TeacherFo
                 f"{teacher.name} ({teacher.facts.teacher_sha256[:12]}): dump into another folder (CACHE=...)"
             )
         facts, known = found.facts, found.files
-    writers: dict[str, Callable[[Path], str | None]] = {
+    writers: dict[str, Callable[[Path], str]] = {
         name: partial(_copy, teacher.path / name)
         for name in (*CONFIG_FILES, *TOKENIZER_FILES)
         if (teacher.path / name).is_file()
@@ -253,12 +252,11 @@ def write_teacher_folder(teacher: Teacher, cache: Path, claim: str) -> TeacherFo
         "head.safetensors": partial(_write_head, teacher),
         "token_bytes.parquet": partial(_write_bytes, teacher),
     }
-    checks = {"head.safetensors": partial(_check_head, teacher)}
     files = {name: digest for name, digest in known.items() if _is_whole(folder / name, digest)}
     for name, write in writers.items():
         if name in files:
             continue
-        digest = commit_file(folder / name, write, claim=claim, check=checks.get(name))
+        digest = commit_file(folder / name, write, claim=claim)
         files[name] = {"bytes": digest.bytes, "sha256": digest.sha256}
     if found is None or files != known:
         commit_json(folder / "teacher.json", facts_record(facts, files), claim=claim)
@@ -282,39 +280,12 @@ def _copy(source: Path, to: Path) -> str:
     return file_sha256(source)
 
 
-def _head_names(teacher: Teacher) -> dict[str, tuple[str, ...]]:
-    """Tensors of `head.safetensors`, and what models call them."""
+def _write_head(teacher: Teacher, to: Path) -> str:
+    files = weight_files(teacher.path)
     names: dict[str, tuple[str, ...]] = {"embedding.weight": EMBEDDING, "norm.weight": FINAL_NORM}
-    return names if teacher.facts.tied else {**names, "lm_head.weight": HEAD}
-
-
-def _write_head(teacher: Teacher, to: Path) -> None:
-    files = weight_files(teacher.path)
-    names = _head_names(teacher)
-    tensors = {name: find_tensor(files, known, teacher.path).contiguous() for name, known in names.items()}
-    try:
-        save_file(tensors, str(to))
-    except SafetensorError as error:  # what the operating system said is in its text only
-        raise OSError(errno.EIO, one_line(error), str(to)) from error
-
-
-def _check_head(teacher: Teacher, written: Path) -> None:
-    """Compare every tensor with the teacher's; the file's own header is checked by reading it."""
-    files = weight_files(teacher.path)
-    try:
-        with safe_open(str(written), framework="pt") as file:
-            same = sorted(file.keys()) == sorted(_head_names(teacher)) and all(
-                torch.equal(file.get_tensor(name).view(torch.uint8), _stored(files, known, teacher).view(torch.uint8))
-                for name, known in _head_names(teacher).items()
-            )
-    except SafetensorError:
-        same = False
-    if not same:
-        raise OSError(errno.EIO, "what was written reads back differently: the disk is not to be trusted", str(written))
-
-
-def _stored(files: list[Path], names: tuple[str, ...], teacher: Teacher) -> torch.Tensor:
-    return find_tensor(files, names, teacher.path).contiguous()
+    if not teacher.facts.tied:
+        names["lm_head.weight"] = HEAD
+    return write_safetensors(to, {name: find_tensor(files, known, teacher.path) for name, known in names.items()})
 
 
 def _write_bytes(teacher: Teacher, to: Path) -> str:

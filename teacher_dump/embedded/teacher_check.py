@@ -37,7 +37,7 @@ def check_teacher(folder: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     _expect(folder, "token ids", tokenizer(KNOWN_TEXT)["input_ids"], list(KNOWN_IDS))
     _expect(folder, "text from ids", tokenizer.decode(list(KNOWN_IDS)), KNOWN_TEXT)
     ids = tokenizer(PROMPT)["input_ids"]

@@ -23,9 +23,8 @@ from chaos.several import lives
 from chaos.trials import scratch
 from pipeline.verify import verify_cache
 
-CHAINS = (4, 4, 4)
-"""Kills of each cache before it is let to its end."""
-SMALL_CHAINS = (2,)
+KILLS, SMALL_KILLS = 12, 2
+IN_ONE_DUMP = 3
 LIMIT_SECONDS = 240
 WHILE_LOADING = 0.2
 """Share of the kills that come before the engine runs."""
@@ -70,7 +69,7 @@ def run(seed: int, small: bool) -> list[Figure]:
 def experiments(seed: int, small: bool) -> list[Figure]:
     with scratch(memory=False) as name:
         place = Place(Path(name))
-        figures = [kills(place, random.Random(seed), SMALL_CHAINS if small else CHAINS), memory(place)]
+        figures = [kills(place, random.Random(seed), SMALL_KILLS if small else KILLS), memory(place)]
         return figures if small else [*figures, killed_rank(place)]
 
 
@@ -114,33 +113,35 @@ class Place:
         return found + (leftovers(cache) if whole else [])
 
 
-def kills(place: Place, rng: random.Random, chains: tuple[int, ...]) -> Figure:
-    """SIGKILL while vLLM loads or captures; several in one dump, then the same command to its end."""
+def kills(place: Place, rng: random.Random, trials: int) -> Figure:
+    """SIGKILL while vLLM loads or captures; up to `IN_ONE_DUMP` in one dump, then the same command to its end."""
     corrupt, different, moments, redone = list[str](), list[str](), list[str](), list[int]()
-    for number, times in enumerate(chains):
-        cache = place.folder / f"killed-{number}"
-        for _ in range(times):
+    caches = 0
+    while len(redone) < trials:
+        cache = place.folder / f"killed-{caches}"
+        caches += 1
+        for _ in range(min(IN_ONE_DUMP, trials - len(redone))):
             before = committed_shards(cache)
+            if before > SHARDS:
+                break
             process = place.start(cache)
             if rng.random() < WHILE_LOADING:
                 time.sleep(rng.uniform(0, place.load_seconds))
             else:
                 wait_for(lambda cache=cache, before=before: committed_shards(cache) > before, process)
-                left = 1 - (before + 1) / (SHARDS + 1)
+                left = (SHARDS - before) / (SHARDS + 1)
                 time.sleep(rng.uniform(0, left * place.dump_seconds))
             process.send_signal(signal.SIGKILL)
             process.wait()
             redone.append(len(list((cache / "claims").glob("*.json"))))
             moments.append(f"{committed_shards(cache)}")
             corrupt += place.wrong(cache, whole=False)
-        process = place.start(cache)
-        if process.wait(LIMIT_SECONDS):
+        if place.start(cache).wait(LIMIT_SECONDS):
             different.append(f"the last run: {place.words(cache)[-300:]}")
         different += place.wrong(cache, whole=True)
-    trials = sum(chains)
     found: dict[str, Any] = {
         "corrupt visible shards": len(corrupt),
-        "caches not identical": len(different),
+        "caches not identical": f"{len(different)} of {caches}",
         "work redone, shards (at most)": f"mean {sum(redone) / trials:.2f}, worst {max(redone)} "
         f"of {TOKENS_PER_SHARD} tokens",
         "shards committed when killed": f"{', '.join(moments)} of {SHARDS + 1}",
@@ -189,6 +190,7 @@ def killed_rank(place: Place) -> Figure:
         process.kill()
         status = process.wait()
     seconds = time.monotonic() - killed
+    said = sentence(place.words(cache))
     wrong += judged(status, place.words(cache), "died")
     wrong += [f"rank {pid} is left" for pid in ranks if lives(pid)]
     wrong += visible_problems(cache)
@@ -196,7 +198,7 @@ def killed_rank(place: Place) -> Figure:
         wrong.append(f"the next run: {place.words(cache)[-300:]}")
     elif committed_shards(cache) != SHARDS + 1 or leftovers(cache):
         wrong.append(f"after the next run: {leftovers(cache)}")
-    found = {"it said": sentence(place.words(cache)), "stopped after": f"{seconds:.1f} s"}
+    found = {"it said": said, "stopped after": f"{seconds:.1f} s"}
     return Figure(
         "engine", "SIGKILL of a rank of the teacher", 1, len(wrong), found | ({"wrong": wrong} if wrong else {})
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos import several
-from chaos.checks import Outcome, as_it_stands, facts, recovered, wrong_in
+from chaos.checks import Outcome, as_it_stands, captured, facts, recovered, wrong_in
 from chaos.children import Child, ChildFailed, in_fresh_interpreter
 from chaos.figure import Figure
 from chaos.operations import PHASES, Operation, Watch, refresh_often
@@ -59,10 +59,13 @@ def random_moments(stage: Stage, rng: random.Random, trials: int) -> Figure:
     outcomes, names = [], []
     for number in range(trials):
         cache, log = fresh(stage, f"random-{number}")
-        moment = rng.uniform(0, 1.1 * stage.seconds)
-        killed_after(stage, cache, log, moment)
+        if number % 2:  # on a busy machine most moments by the clock come before the first shard
+            tokens, moment = rng.randint(1, stage.tokens), rng.uniform(0, 2 * stage.seconds / stage.shards)
+        else:
+            tokens, moment = 0, rng.uniform(0, 1.1 * stage.seconds)
+        killed_after(stage, cache, log, moment, tokens)
         outcomes.append(done_with(cache, recovered(stage, cache, log)))
-        names.append(f"kill {number} after {moment * 1000:.1f} ms")
+        names.append(f"kill {number}, {moment * 1000:.1f} ms after {tokens} tokens")
     found = facts(stage, outcomes, names)
     found["shards committed when killed"] = dict(sorted(Counter(outcome.shards for outcome in outcomes).items()))
     found["a dump's time"] = f"{stage.seconds:.2f} s, a shard's {stage.seconds / stage.shards:.3f} s"
@@ -212,14 +215,17 @@ def kill_this_process() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed_after(stage: Stage, cache: Path, log: Path, seconds: float) -> None:
-    """Start a dump and kill it after so many seconds, if it still runs by then."""
+def killed_after(stage: Stage, cache: Path, log: Path, seconds: float, tokens: int = 0) -> None:
+    """Start a dump and kill it so many seconds after that many tokens went through the teacher."""
 
     def body() -> None:
         refresh_often()
         run_recorded(stage, cache, log)
 
     child = Child(body, output(cache))
+    deadline = time.monotonic() + HANG_SECONDS
+    while captured(log) < tokens and time.monotonic() < deadline:
+        time.sleep(0.0005)
     time.sleep(seconds)
     child.kill()
     child.wait()

@@ -69,7 +69,7 @@ def notice(mutant: Mutant, stage: Stage, operations: list[Operation]) -> tuple[s
     """The first trial that tells the mutant from the real thing, and what it said."""
     for name, outcome in mutant.trials(stage, operations):
         if not outcome.ok:
-            return name, outcome.said()[0][:160]
+            return name, outcome.said()[0].replace(f"{stage.folder}/trials/", "")[:160]
     return None, ""
 
 
@@ -214,6 +214,9 @@ def one_name_for_all() -> None:
     """Claims are ignored, and all writers use one temporary."""
 
     class Free(claim.Claim):
+        def is_ours(self) -> bool:
+            return True
+
         def release(self) -> None:
             self._stop.set()
 

@@ -1,8 +1,8 @@
 """Every file operation of a dump on its cache, by name, with a hook before, amid and after each; for child processes.
 
-Operations are wrapped where Python calls them, so that the code under trial stays as users run it. Arrow and
-safetensors write from C++ and Rust when given a path: they are given a Python file at that path instead, and write
-the same bytes. An audit hook counts what Python opens, renames, links and removes, so that nothing escapes unseen.
+Operations are wrapped where Python calls them, so that the code under trial stays as users run it. Arrow writes from
+C++ when given a path: it is given a Python file at that path instead, and writes the same bytes. An audit hook counts
+what Python opens, renames, links and removes, so that nothing escapes unseen.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
-import safetensors.torch
 
-import teacher_dump.teacher
 from pipeline import claim, commit, shard
 
 PHASES = ("before", "amid", "after")
@@ -231,11 +229,6 @@ class Watch:
 
         pyarrow.parquet.ParquetWriter = pyarrow.parquet.core.ParquetWriter = WatchedParquet
 
-        def save_file(tensors: Any, filename: Any, *arguments: Any, **more: Any) -> None:
-            with open(filename, "wb") as file:
-                file.write(safetensors.torch.save(tensors, *arguments, **more))
-
-        teacher_dump.teacher.save_file = save_file
         shutil._USE_CP_SENDFILE = False  # type: ignore[attr-defined] - copies go through `write`
         real_read_back, real_hash = shard.read_back, commit.file_sha256
 

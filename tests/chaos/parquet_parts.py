@@ -27,6 +27,7 @@ class ParquetParts:
     """The parts of a file: `footer` bytes, and for every column chunk in stored order its pages."""
 
     def __init__(self, data: bytes) -> None:
+        self.data = data
         length = int.from_bytes(data[-8:-4], "little")
         self.footer = data[-8 - length : -8]
         metadata = pq.read_metadata(pa.BufferReader(data))

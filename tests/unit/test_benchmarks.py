@@ -228,7 +228,7 @@ def test_our_step_is_the_trainings_own() -> None:
     step.config = replace(step.config, tau_start=1.5, tau_end=1.5, alpha_end=step.config.alpha_start, delta=None)
     step.module.loss = step.config
     group = SimpleNamespace(param_groups=[{"lr": 1e-4}])
-    step.module._trainer = SimpleNamespace(world_size=1, global_step=0, optimizers=[group])  # type: ignore[assignment]
+    step.module._trainer = SimpleNamespace(world_size=1, global_step=0, optimizers=[group], strategy=None)  # type: ignore[assignment]
     step.module.log = step.module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
     with train_case.autocast(step.device):
         expected = step.module.training_step(step.batch, 0)

@@ -52,3 +52,13 @@ def test_waiting_is_told_once_for_each_number(caplog: pytest.LogCaptureFixture) 
         "waiting for 2 shards that other processes are writing",
         "waiting for 1 shard that other processes are writing",
     ]
+
+
+def test_a_process_without_a_standard_error_counts_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started with `2>&-`, as some service managers do."""
+    monkeypatch.setattr("sys.stderr", None)
+    progress = DumpProgress("toy", 1, 100, 0)
+    progress.captured("shard-00000", 100)
+    progress.committed(record("shard-00000"))
+    progress.close()
+    assert (progress.done, progress.tokens) == (1, 100)

@@ -46,12 +46,23 @@ def test_good_settings_pass() -> None:
     GOOD.check(FACTS)
     replace(GOOD, block=0, groups=9, window=0).check(FACTS)
     replace(GOOD, k=100).check(FACTS)
+    replace(GOOD, units="1:2").check(FACTS)
     replace(GOOD, taus=(0.5, 1.0)).check(FACTS)
+
+
+@pytest.mark.parametrize(
+    "units, numbers", [("", range(8)), ("0:8", range(8)), ("2:5", range(2, 5)), (":3", range(3)), ("6:", range(6, 8))]
+)
+def test_a_range_of_units(units: str, numbers: range) -> None:
+    assert replace(GOOD, shards=8, units=units).unit_range() == numbers
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"units": "3"}, "--units 3: must be FIRST:END, such as 0:64"),
+        ({"units": "1:3"}, "--units 1:3: must be a part of 0:2 (--shards), and not empty"),
+        ({"units": "1:1"}, "--units 1:1: must be a part of 0:2 (--shards), and not empty"),
         ({"shards": 0}, "--shards 0: must be at least 1"),
         ({"shards": -3}, "--shards -3"),
         ({"k": 0}, "--k 0: must be at least 1"),
