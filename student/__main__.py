@@ -33,7 +33,7 @@ from student.initial import check_initial, load_initial
 from student.module import METRICS, DistillModule
 from student.ranks import OneRun, end_other_ranks, is_lost_rank, require_equal_shares, trainer_options
 from student.run_folder import MetricsCSV, check_same_settings, copy_teacher, open_data, save_settings, steps_done
-from student.sharding import ShardedStrategy
+from student.sharding import strategy_of
 
 TRAINER_DEFAULTS = {
     "accelerator": "auto",
@@ -99,8 +99,7 @@ class TrainCLI(LightningCLI):
         every = 20 if torch.cuda.is_available() else 1
         display = TQDMProgressBar(refresh_rate=every, leave=True) if interactive else self.log_lines
         kwargs |= trainer_options(given.get("devices", "auto"), given.get("num_nodes") or 1, os.environ)
-        if given.get("strategy") == "fsdp":
-            kwargs["strategy"] = ShardedStrategy()
+        kwargs["strategy"] = strategy_of(given.get("strategy", "auto"), given.get("precision"))
         kwargs["enable_progress_bar"] = interactive
         same = OneRun(run, self.resume_step, self.resolved)
         kwargs["callbacks"] = [*(given.get("callbacks") or []), same, checkpoints, display]

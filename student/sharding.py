@@ -23,8 +23,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from pipeline.errors import UserError
 from student.model import DistilXLSTM
 
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
+"""What Lightning's strategy takes."""
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -72,6 +75,21 @@ class ShardedStrategy(ModelParallelStrategy):
             }
             set_optimizer_state_dict(self.model, optimizer, by_name, options=StateDictOptions(full_state_dict=True))
         return checkpoint
+
+
+def strategy_of(name: Any, precision: Any) -> Any:
+    """What `--trainer.strategy` means here: `fsdp` is `ShardedStrategy`, others are Lightning's own.
+
+    Raises:
+        UserError: another kind of FSDP, or a precision that does not go with it.
+    """
+    if name != "fsdp":
+        if isinstance(name, str) and name.startswith("fsdp"):
+            raise UserError(f"--trainer.strategy {name}: weights are cut over the ranks by `fsdp` only")
+        return name
+    if precision not in (None, *PRECISIONS):
+        raise UserError(f"--trainer.strategy fsdp with --trainer.precision {precision}: choose {', '.join(PRECISIONS)}")
+    return ShardedStrategy()
 
 
 def shard(model: DistilXLSTM, mesh: Any) -> None:

@@ -20,6 +20,7 @@ from student.losses.attention import attention_alignment
 from student.model import StudentConfig
 from student.module import DistillModule, LossConfig, OptimizerConfig
 from student.ranks import Launch, launched, require_equal_shares, share_of, trainer_options
+from student.sharding import ShardedStrategy, strategy_of
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3", "GROUP_WORLD_SIZE": "2"}
 SRUN = slurm(rank=3, nodes=2, per_node=4, port=1)
@@ -146,3 +147,11 @@ def test_alignment_of_padded_rows_is_the_whole_batchs() -> None:
         for rows in (slice(0, 2), slice(2, 4))
     ]
     torch.testing.assert_close(torch.stack(halves).mean(), whole)
+
+
+def test_strategies_that_cannot_work_are_a_sentence() -> None:
+    assert strategy_of("ddp", "16-mixed") == "ddp" and isinstance(strategy_of("fsdp", "bf16-mixed"), ShardedStrategy)
+    with pytest.raises(UserError, match="--trainer.strategy fsdp_cpu_offload: .* by `fsdp` only"):
+        strategy_of("fsdp_cpu_offload", None)
+    with pytest.raises(UserError, match="--trainer.precision 16-mixed: choose 32-true, bf16-mixed"):
+        strategy_of("fsdp", "16-mixed")
