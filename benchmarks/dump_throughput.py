@@ -6,7 +6,8 @@
 Cases: `bare` (vLLM prefill, one token sampled), `flat` (vLLM's prompt_logprobs with flat_logprobs), `topk` (ours:
 top-k, lse, tails, target logit, to pinned memory), `all` (and attention maps), `hidden` (and hidden states),
 `committed` (a dump of text to committed shards with the signals of `all`). A shape runs with random weights;
-`committed` writes such a teacher as a folder first, with the embedded teacher's tokenizer.
+`committed` writes such a teacher as a folder first, with the embedded teacher's tokenizer. Rows replace those of the
+same shape and case in results/dump_throughput.json; shares are always of the `bare` of the same run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measured import device_name, table, write_results
+from benchmarks.measured import Row, device_name, merged_with, table, write_results
 from benchmarks.throughput_case import MARK, TAUS, Case
 
 CASES = ("bare", "flat", "topk", "all", "hidden", "committed")
@@ -109,7 +110,15 @@ def measure_shape(name: str, folder: Path, arguments: argparse.Namespace) -> lis
     return rows
 
 
-def main() -> None:
+def save(arguments: argparse.Namespace, rows: list[Row]) -> Path:
+    """After each shape, so that a time limit costs only the one at hand."""
+    device = device_name()
+    kept = merged_with(arguments.name, rows, ("shape", "case"), device=device)
+    settings = {"length": arguments.length, "k": 64, "taus": TAUS, "block": 64, "groups": 6, "window": 64}
+    return write_results(arguments.name, kept, device=device, settings=settings)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", default=[], choices=[*SHAPES, []], help="published shapes to measure")
     parser.add_argument("--model", nargs="*", default=[], help="config.json files or model folders to measure")
@@ -124,7 +133,7 @@ def main() -> None:
     parser.add_argument("--profile", default="", help="folder for a table of kernels by time, one a case")
     parser.add_argument("--name", default="dump_throughput", help="of the file in benchmarks/results")
     arguments = parser.parse_args()
-    rows = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as shapes:
         folders = {name: shape_folder(SHAPES[name], Path(shapes) / name) for name in arguments.shapes}
         for path in map(Path, arguments.model):
@@ -132,11 +141,13 @@ def main() -> None:
             folders[name] = shape_folder(json.loads(path.read_text()), Path(shapes) / name) if path.is_file() else path
         for name, folder in folders.items():
             rows += measure_shape(name, folder, arguments)
+            path = save(arguments, rows)
+    if not rows:
+        return 1
     print(table(rows))
-    settings = {"length": arguments.length, "k": 64, "taus": TAUS, "block": 64, "groups": 6, "window": 64}
-    path = write_results(arguments.name, rows, device=device_name(), settings=settings)
     print(f"written to {path}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -47,7 +47,7 @@ def run_dump(config: DumpConfig) -> DumpResult:
         UserError: see `engine_slots`, `prepare`, `take_shards`, `Workers.run`, `connected` and `RayWorkers.run`.
     """
     if not config.ray:
-        return run_with(config, partial(_on_this_machine, engine_slots(config.gpus, config.engine.tensor_parallel)))
+        return run_with(config, partial(on_this_machine, engine_slots(config.gpus, config.engine.tensor_parallel)))
     from teacher_dump.ray_cluster import EngineRoom, connected
     from teacher_dump.ray_workers import RayWorkers
 
@@ -86,7 +86,8 @@ def run_with(config: DumpConfig, engines: Engines) -> DumpResult:
     return DumpResult(len(progress.written), sum(map(len, there)), tokens, time.monotonic() - started, tuple(lost))
 
 
-def _on_this_machine(slots: list[EngineSlot], work: Work, pending: Units, progress: DumpProgress) -> list[str]:
+def on_this_machine(slots: list[EngineSlot], work: Work, pending: Units, progress: DumpProgress) -> list[str]:
+    """An engine in each slot, for as many as there are units; of one, in this process."""
     if len(slots) > 1 and len(pending) > 1:
         return Workers(work, pending, slots[: len(pending)], progress).run()
     os.environ.update(slots[0].environment)

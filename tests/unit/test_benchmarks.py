@@ -438,3 +438,12 @@ def test_what_does_not_fit_is_a_row_with_the_reason(
     (row,) = json.loads((tmp_path / "decode.json").read_text())["rows"]
     assert row["skipped"].startswith("out of memory") and "tokens_per_s" not in row
     assert "out of memory" in capsys.readouterr().out
+
+
+def test_a_steady_rate_leaves_out_start_and_end() -> None:
+    from benchmarks.gpu_scaling import steady_rate
+
+    slow_start = [(0.0, 5), (10.0, 5)]
+    even = [(10.0 + 0.1 * step, 10) for step in range(1, 81)]
+    slow_end = [(30.0, 5), (60.0, 5)]
+    assert steady_rate(slow_start + even + slow_end) == pytest.approx(100.0)
