@@ -6,14 +6,15 @@ python -m chaos [--seed S] [--small] [--parts kills,faults,...] [--json FILE]
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+from benchmarks.measured import cpu_name
 from chaos.figure import Figure
-from pipeline.commit import commit_json
+from pipeline.commit import commit_json, read_json
 
 PARTS = {
     "kills": "kill -9 at random moments and at every step of the protocol, recorded rows",
@@ -40,27 +41,40 @@ def main() -> int:
     if unknown:
         parser.error(f"--parts {','.join(unknown)}: known are {', '.join(PARTS)}")
     figures: list[Figure] = []
-    seconds: dict[str, float] = {}
+    record = Record(options.json, options.seed, options.small)
     for name in parts:
         print(f"\n{name}: {PARTS[name]} (seed {options.seed})", flush=True)
         started = time.monotonic()
         found = import_module(f"chaos.{name}").run(options.seed, options.small)
-        seconds[name] = round(time.monotonic() - started, 1)
+        record.add(name, round(time.monotonic() - started, 1), found)
         for figure in found:
             print(line(figure), flush=True)
         figures += found
     broken = [figure for figure in figures if figure.failures]
     print(f"\n{sum(f.trials for f in figures):,} trials, {sum(f.failures for f in figures)} broken promises")
-    if options.json is not None:
-        record = {
-            "device": f"{platform.processor() or platform.machine()}",
-            "seed": options.seed,
-            "small": options.small,
-            "seconds": seconds,
-            "rows": [vars(figure) for figure in figures],
-        }
-        commit_json(options.json, record)
     return 1 if broken else 0
+
+
+class Record:
+    """The JSON file: written after each part, since an hour should not be lost to its last minute.
+
+    Parts that another run with the same seed and size on the same machine left there are kept.
+    """
+
+    def __init__(self, path: Path | None, seed: int, small: bool) -> None:
+        self.path = path
+        self.head = {"device": cpu_name(), "seed": seed, "small": small}
+        self.parts: dict[str, dict[str, Any]] = {}
+        if path is not None and path.is_file():
+            before = read_json(path)
+            if all(before.get(key) == value for key, value in self.head.items()):
+                self.parts = before["parts"]
+
+    def add(self, name: str, seconds: float, figures: list[Figure]) -> None:
+        self.parts[name] = {"seconds": seconds, "rows": [vars(figure) for figure in figures]}
+        if self.path is not None:
+            known = {part: self.parts[part] for part in PARTS if part in self.parts}
+            commit_json(self.path, {**self.head, "parts": known})
 
 
 def line(figure: Figure) -> str:

@@ -95,6 +95,10 @@ class Count:
         return Figure("identity", what, self.trials, len(self.broken), facts)
 
 
+TEACHERS = ("vocab_size", "width")
+"""Fields of `data` that the teacher's folder states too."""
+
+
 def fields_of(manifest: Manifest) -> list[Field]:
     """Every field of both identities, with another value of its type."""
     found = []
@@ -239,6 +243,13 @@ class Experiment:
         finally:
             shutil.rmtree(mixed)
 
+    def teachers_fact(self, field: Field, other: Path, count: Count) -> None:
+        """A manifest whose `data` says of the teacher what its folder does not: no student begins on it."""
+        said = [field.name, repr(field.value), repr(field.other)]
+        fresh = self.folder / "new"
+        count.add(f"{field.part}.{field.name}, a new student", lambda: train([other], fresh), said)
+        count.check(f"{field.part}.{field.name}: a refused start left a run", not (fresh / "run.json").exists())
+
     def control(self, field: Field, other: Path, count: Count) -> None:
         """What must not be refused: a new student on other data of the same teacher, alone, beside, and beginning with
         the old one's weights."""
@@ -276,6 +287,8 @@ def run(seed: int, small: bool) -> list[Figure]:
                 experiment.shard(field, other, counts["reader"], counts["verify"])
                 if field.part == "compat":
                     experiment.new_student(field, other, counts["new"])
+                elif field.name in TEACHERS:
+                    experiment.teachers_fact(field, other, counts["new"])
                 elif not small or number < len(manifest.compat) + 2:
                     experiment.control(field, other, counts["control"])
                 shutil.rmtree(other)
