@@ -105,7 +105,7 @@ def test_the_whole_loss_on_a_gpu_equals_the_cpus() -> None:
     weight_VD = torch.randn(3001, 24, generator=torch.Generator().manual_seed(6))
     found = []
     for device in ("cpu", "cuda"):
-        h = h_ND.to(device).requires_grad_()
+        h = h_ND.detach().clone().to(device).requires_grad_()
         there = TeacherTopK(*(x.to(device) for x in (teacher.ids_NK, teacher.logits_NK, teacher.log_tail_N)))
         sums = fused_kd_sums(h, Head(weight_VD.to(device)), target_C.to(device), there, 0.2, 0.8, 1.3, chunk_rows=32)
         sums.total.backward()
