@@ -69,7 +69,7 @@ def measure(case: Case) -> dict[str, Any]:
     Raises:
         RuntimeError: it failed; the text ends with what it said.
     """
-    environment = {**os.environ, "VLLM_USE_FLASHINFER_SAMPLER": "0", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     command = [sys.executable, "-m", "benchmarks.throughput_case", json.dumps(asdict(case))]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in done.stdout.splitlines():

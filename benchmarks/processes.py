@@ -20,7 +20,6 @@ def in_own_process(module: str, case: dict[str, Any], timeout: float | None = No
     """
     process = subprocess.Popen(
         [sys.executable, "-m", module, json.dumps(case)],
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -77,7 +77,8 @@ def dump_command(teacher: Path, corpus: Path, cache: Path, shards: int, *more: s
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", **more}
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **more}
 
 
 def dump(teacher: Path, corpus: Path, cache: Path, shards: int, *more: str) -> subprocess.CompletedProcess[str]:
