@@ -29,7 +29,8 @@ def pooled_implicit_attention(
 ) -> Tensor:
     """P (B, H, n, n) per head, float32 or the inputs' wider dtype, zero above the diagonal.
 
-    Differentiable by plain autograd through q, k and both gates' pre-activations, the normaliser included.
+    Differentiable through q, k and both gates' pre-activations, the normaliser included. On a GPU by the kernels of
+    `implicit_attention_triton`, elsewhere and for what those do not take by plain autograd.
 
     Raises:
         ValueError: T is no positive multiple of `block`.
@@ -37,6 +38,12 @@ def pooled_implicit_attention(
     length, width = q_BHTd.shape[-2:]
     if block < 1 or length < 1 or length % block:
         raise ValueError(f"T={length} is no multiple of the pooling block {block}")
+    if q_BHTd.is_cuda:
+        from student.implicit_attention_triton import pooled_by_kernels, takes
+
+        if takes(q_BHTd, k_BHTd, block):
+            with torch.autocast("cuda", enabled=False):
+                return pooled_by_kernels(q_BHTd, k_BHTd, igate_BHT, fgate_BHT, block)
     dtype = torch.promote_types(q_BHTd.dtype, torch.float32)
     with torch.autocast(q_BHTd.device.type, enabled=False):
         gates = log_decay(igate_BHT, fgate_BHT, block)

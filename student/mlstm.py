@@ -182,6 +182,18 @@ class CellBackend:
             self.seen.append(CellInputs(queries, keys, values, igate_preact.squeeze(-1), fgate_preact.squeeze(-1)))
         return mlstm_cell_backend(queries, keys, values, igate_preact, fgate_preact)
 
+    def heads_first(
+        self, q_HBTd: Tensor, k_HBTd: Tensor, v_HBTd: Tensor, igate_HBT: Tensor, fgate_HBT: Tensor
+    ) -> Tensor:
+        """h_HBTd of inputs laid out by head, which the kernel takes as they are; noted as rows of heads."""
+        inputs_HBT = q_HBTd, k_HBTd, v_HBTd, igate_HBT, fgate_HBT
+        if self.seen is not None:
+            self.seen.append(CellInputs(*(x.transpose(0, 1) for x in inputs_HBT)))
+        # To the cell every head of every row is a row of one head.
+        q, k, v, igate, fgate = (x.flatten(0, 1)[:, None] for x in inputs_HBT)
+        h = mlstm_cell_backend(q, k, v, igate[..., None], fgate[..., None])
+        return h.reshape(q_HBTd.shape)
+
 
 def use_cell_backend(block: mLSTMBlock) -> None:
     """Replace the dense form of a package block's cell."""
@@ -234,7 +246,7 @@ def mlstm_initial_state(block: mLSTMBlock, batch: int) -> dict[str, Any]:
 def mlstm_prefill(block: mLSTMBlock, x_BTD: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """The block's output for whole rows, and the state its `step` goes on from."""
     with capturing(block) as seen, conv_inputs(block.xlstm) as conv:
-        y_BTD = block(x_BTD)
+        y_BTD = mLSTMBlock.forward(block, x_BTD)  # whose convolution can be listened to
     cell = seen[0]
     dtype = torch.promote_types(cell.q_BHTd.dtype, torch.float32)
     F_BHT = F.logsigmoid(cell.fgate_BHT.to(dtype)).double().cumsum(-1)

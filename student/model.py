@@ -3,7 +3,7 @@
 Distil-xLSTM (arXiv 2503.18565, section 3): sLSTM and mLSTM blocks in turn, of the teacher's width, between the
 teacher's own embedding and language-model head, neither of which is trained or stored again in a checkpoint. The blocks
 are those of the `xlstm` package (arXiv 2405.04517); `student/mlstm.py` and `student/slstm.py` say how their cells are
-computed here.
+computed here, `student/block_forward.py` how whole blocks are on a GPU.
 
 Legend: B rows, T tokens, N positions in any order, D width, V vocabulary, n = T/b pooling blocks.
 """
@@ -31,6 +31,7 @@ from xlstm.components.ln import LayerNorm
 
 from pipeline.errors import UserError
 from pipeline.teacher_folder import TeacherFacts
+from student.block_forward import use_fused_forward
 from student.implicit_attention import pooled_implicit_attention
 from student.mlstm import capturing, mlstm_initial_state, mlstm_prefill, use_cell_backend
 from student.slstm import slstm_initial_state, slstm_prefill, use_scan_cell
@@ -123,6 +124,7 @@ class DistilXLSTM(nn.Module):
         self.stack = xLSTMBlockStack(stack_config(config, facts.width))
         for block in self.stack.blocks:
             (use_cell_backend if isinstance(block, mLSTMBlock) else use_scan_cell)(block)
+            use_fused_forward(block)
         self.final_norm: nn.Module
         if config.final_norm == "teacher":
             self.final_norm = nn.RMSNorm(facts.width, eps=facts.norm_eps)

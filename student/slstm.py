@@ -205,7 +205,7 @@ def slstm_prefill(block: sLSTMBlock, x_BTD: Tensor) -> tuple[Tensor, dict[str, A
     handle = cell.register_forward_hook(lambda _, inputs, outputs: states.append(outputs[1]))
     try:
         with conv_inputs(block.xlstm) as conv:
-            y_BTD = block(x_BTD)
+            y_BTD = sLSTMBlock.forward(block, x_BTD)  # whose convolution can be listened to
     finally:
         handle.remove()
     conv_state = last_inputs(conv[0], block.xlstm.config.conv1d_kernel_size)

@@ -4,6 +4,14 @@ Reads the gates' inputs where the layer put them and writes y and the gates' gra
 nothing is permuted or cast on the way; `slstm.slstm_scan` is the plain form of the same recurrence, with its formulas.
 R's gradient is left to one product over all steps at the end.
 
+The backward needs c and n in two combinations only, both of them at most 1 in size: with α_t = i'/n_t, the share of the
+new in what is remembered, and r_t = c_t/n_t,
+
+    r_t = (1 − α_t) r_{t−1} + α_t tanh(z)        y_t = σ(o) r_t        α_t = σ(i − log σ(f) − ℓ_{t−1})
+
+where ℓ_t = log n_t + m_t = log(exp(ℓ_{t−1}) σ(f) + exp(i)) grows by its inputs' shares: dℓ_t/di = α_t. So what is kept
+is in the dtype of the products, and nothing is divided on the way back.
+
 Legend: B rows, T tokens, H heads, d head width, G = 4·H·d: gates i, f, z, o, each of all heads; P rows of a program.
 """
 
@@ -31,11 +39,11 @@ def _gate_input(x_ptr, at, bias, inside):
 # An argument that is 1 would become a constant, which `to` cannot widen: batches of one row would not compile.
 @triton.jit(do_not_specialize=["batch", "length"])
 def _forward(
-    x_ptr, x_b, x_t, R_ptr, bias_ptr, state_ptr, y_ptr, gates_ptr, carry_ptr, last_ptr, batch, length,
+    x_ptr, x_b, x_t, R_ptr, bias_ptr, state_ptr, y_ptr, gates_ptr, mean_ptr, last_ptr, batch, length,
     H: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, P: tl.constexpr, SAVE: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """gates (B, T, G) keeps i', f, tanh z, sigmoid o; carry (3, B, T, H·d) keeps f', c, n."""
+    """gates (B, T, G) keeps α, f, tanh z, sigmoid o; mean (B, T, H·d) keeps r."""
     head = tl.program_id(0)
     b = tl.program_id(1) * P + tl.arange(0, P)
     e = tl.arange(0, D2)
@@ -64,7 +72,6 @@ def _forward(
     x_at = b.to(tl.int64)[:, None] * x_b + unit[None, :]
     out_at = b.to(tl.int64)[:, None] * length * W + unit[None, :]
     gate_at = b.to(tl.int64)[:, None] * length * (4 * W) + unit[None, :]
-    carry_plane = plane * length
     for _ in tl.range(0, length):
         d_y = y.to(DOT)
         i = _gate_input(x_ptr, x_at, b_i, inside) + tl.dot(d_y, R_i, input_precision=PRECISION)
@@ -79,18 +86,16 @@ def _forward(
         o = tl.sigmoid(o)
         c = decay * c + i * z
         n = decay * n + i
-        y = o * c / n
-        y = tl.where(inside, y, 0.0)
+        r = c / n
+        y = tl.where(inside, o * r, 0.0)
         tl.store(y_ptr + out_at, y.to(y_ptr.dtype.element_ty), mask=inside)
         if SAVE:
             kept = gates_ptr.dtype.element_ty
-            tl.store(gates_ptr + gate_at, i.to(kept), mask=inside)
+            tl.store(gates_ptr + gate_at, (i / n).to(kept), mask=inside)
             tl.store(gates_ptr + gate_at + W, f.to(kept), mask=inside)
             tl.store(gates_ptr + gate_at + 2 * W, z.to(kept), mask=inside)
             tl.store(gates_ptr + gate_at + 3 * W, o.to(kept), mask=inside)
-            tl.store(carry_ptr + out_at, decay, mask=inside)
-            tl.store(carry_ptr + carry_plane + out_at, c, mask=inside)
-            tl.store(carry_ptr + 2 * carry_plane + out_at, n, mask=inside)
+            tl.store(mean_ptr + out_at, r.to(kept), mask=inside)
         x_at += x_t
         out_at += W
         gate_at += 4 * W
@@ -102,7 +107,7 @@ def _forward(
 
 @triton.jit(do_not_specialize=["batch", "length"])
 def _backward(
-    dy_ptr, dy_b, dy_t, dy_h, R_ptr, state_ptr, gates_ptr, carry_ptr, dx_ptr, batch, length,
+    dy_ptr, dy_b, dy_t, dy_h, R_ptr, state_ptr, gates_ptr, mean_ptr, dx_ptr, batch, length,
     H: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
@@ -120,51 +125,47 @@ def _backward(
     last = (length - 1).to(tl.int64)
     state_at = b.to(tl.int64)[:, None] * W + unit[None, :]
     plane = batch.to(tl.int64) * W
-    carry_plane = plane * length
     out_at = b.to(tl.int64)[:, None] * length * W + last * W + unit[None, :]
     gate_at = b.to(tl.int64)[:, None] * length * (4 * W) + last * (4 * W) + unit[None, :]
     dy_at = b.to(tl.int64)[:, None] * dy_b + last * dy_t + head * dy_h + e[None, :]
-    c = tl.load(carry_ptr + carry_plane + out_at, mask=inside, other=0.0)
-    n = tl.load(carry_ptr + 2 * carry_plane + out_at, mask=inside, other=1.0)
-    dc = tl.zeros([P, D2], tl.float32)
-    dn = tl.zeros([P, D2], tl.float32)
+    n_first = tl.load(state_ptr + 2 * plane + state_at, mask=inside, other=0.0)
+    r_first = tl.load(state_ptr + plane + state_at, mask=inside & (n_first != 0.0), other=0.0)
+    r_first = r_first / tl.where(n_first == 0.0, 1.0, n_first)
+    r = tl.load(mean_ptr + out_at, mask=inside, other=0.0).to(tl.float32)
+    dr = tl.zeros([P, D2], tl.float32)
+    dl = tl.zeros([P, D2], tl.float32)
     d_i = tl.zeros([P, D2], tl.float32)
     d_f = tl.zeros([P, D2], tl.float32)
     d_z = tl.zeros([P, D2], tl.float32)
     d_o = tl.zeros([P, D2], tl.float32)
     left = tl.zeros([P, D2], tl.int32) + length - 1
     for _ in tl.range(0, length):
-        i = tl.load(gates_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
+        share = tl.load(gates_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
         f = tl.load(gates_ptr + gate_at + W, mask=inside, other=0.0).to(tl.float32)
         z = tl.load(gates_ptr + gate_at + 2 * W, mask=inside, other=0.0).to(tl.float32)
         o = tl.load(gates_ptr + gate_at + 3 * W, mask=inside, other=0.0).to(tl.float32)
-        decay = tl.load(carry_ptr + out_at, mask=inside, other=0.0)
-        before = carry_ptr + carry_plane + out_at - W  # of the step before; the first has the state instead
-        c_before = tl.load(before, mask=inside & (left > 0), other=0.0)
-        n_before = tl.load(before + carry_plane, mask=inside & (left > 0), other=0.0)
-        c_before += tl.load(state_ptr + plane + state_at, mask=inside & (left == 0), other=0.0)
-        n_before += tl.load(state_ptr + 2 * plane + state_at, mask=inside & (left == 0), other=0.0)
+        # Of the step before; the first has the state instead.
+        r_before = tl.load(mean_ptr + out_at - W, mask=inside & (left > 0), other=0.0).to(tl.float32)
+        r_before = tl.where(left > 0, r_before, r_first)
         left -= 1
         dy = tl.load(dy_ptr + dy_at, mask=inside, other=0.0).to(tl.float32)
         dy += tl.dot(d_i.to(DOT), R_i, input_precision=PRECISION)
         dy += tl.dot(d_f.to(DOT), R_f, input_precision=PRECISION)
         dy += tl.dot(d_z.to(DOT), R_z, input_precision=PRECISION)
         dy += tl.dot(d_o.to(DOT), R_o, input_precision=PRECISION)
-        y = o * c / n
-        dc += dy * o / n
-        dn -= dy * y / n
-        d_i = (dc * z + dn) * i
-        d_f = (dc * c_before + dn * n_before) * decay * tl.sigmoid(-f)
-        d_z = dc * i * (1.0 - z * z)
-        d_o = dy * y * (1.0 - o)
+        dr += dy * o
+        d_share = dr * (z - r_before) * share * (1.0 - share)
+        d_i = d_share + dl * share
+        dl = dl * (1.0 - share) - d_share
+        d_f = dl * tl.sigmoid(-f)
+        d_z = dr * share * (1.0 - z * z)
+        d_o = dy * o * r * (1.0 - o)
         d_i = tl.where(inside, d_i, 0.0)
         d_f = tl.where(inside, d_f, 0.0)
         d_z = tl.where(inside, d_z, 0.0)
         d_o = tl.where(inside, d_o, 0.0)
-        dc = dc * decay
-        dn = dn * decay
-        c = c_before
-        n = tl.where(inside & (n_before != 0.0), n_before, 1.0)
+        dr = dr * (1.0 - share)
+        r = r_before
         kept = dx_ptr.dtype.element_ty
         tl.store(dx_ptr + gate_at, d_i.to(kept), mask=inside)
         tl.store(dx_ptr + gate_at + W, d_f.to(kept), mask=inside)
@@ -184,27 +185,27 @@ class _Recurrence(torch.autograd.Function):
         y_BTHd = x_BTG.new_empty(batch, length, heads, width)
         last_4BW = torch.empty_like(state_4BW)
         gates_BTG = x_BTG.new_empty(x_BTG.shape if save else (1,))
-        carry_3BTW = state_4BW.new_empty((3, batch, length, gates // 4) if save else (1,))
+        mean_BTW = x_BTG.new_empty((batch, length, gates // 4) if save else (1,))
         shape = _shape(heads, width, x_BTG.dtype)
         _forward[(heads, triton.cdiv(batch, ROWS))](
-            x_BTG, x_BTG.stride(0), x_BTG.stride(1), R_Hgd, bias_G, state_4BW, y_BTHd, gates_BTG, carry_3BTW, last_4BW,
+            x_BTG, x_BTG.stride(0), x_BTG.stride(1), R_Hgd, bias_G, state_4BW, y_BTHd, gates_BTG, mean_BTW, last_4BW,
             batch, length, SAVE=save, **shape,
         )  # fmt: skip
         if save:
-            ctx.save_for_backward(R_Hgd, state_4BW, gates_BTG, carry_3BTW, y_BTHd)
+            ctx.save_for_backward(R_Hgd, state_4BW, gates_BTG, mean_BTW, y_BTHd)
         ctx.mark_non_differentiable(last_4BW)
         return y_BTHd, last_4BW
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BTHd: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        R_Hgd, state_4BW, gates_BTG, carry_3BTW, y_BTHd = ctx.saved_tensors
+        R_Hgd, state_4BW, gates_BTG, mean_BTW, y_BTHd = ctx.saved_tensors
         batch, length, heads, width = y_BTHd.shape
         if dy_BTHd.stride(3) != 1:
             dy_BTHd = dy_BTHd.contiguous()
         dx_BTG = torch.empty_like(gates_BTG)
         _backward[(heads, triton.cdiv(batch, ROWS))](
-            dy_BTHd, dy_BTHd.stride(0), dy_BTHd.stride(1), dy_BTHd.stride(2), R_Hgd, state_4BW, gates_BTG, carry_3BTW,
+            dy_BTHd, dy_BTHd.stride(0), dy_BTHd.stride(1), dy_BTHd.stride(2), R_Hgd, state_4BW, gates_BTG, mean_BTW,
             dx_BTG, batch, length, **_shape(heads, width, gates_BTG.dtype),
         )  # fmt: skip
         dR_Hgd = _recurrent_gradient(y_BTHd, dx_BTG, state_4BW[0].view(batch, heads, width))

@@ -39,6 +39,7 @@ def compile_only(self, *args, grid, warmup, **kwargs):
     return kernel
 jit.JITFunction.run = compile_only
 
+from student.implicit_attention_triton import pooled_by_kernels
 from student.losses.fused_triton import kd_rows_
 from student.slstm_triton import slstm_recurrence
 
@@ -48,6 +49,9 @@ x_BTG = torch.zeros(batch, 8, 4 * heads * width, dtype=dtype, requires_grad=True
 R_Hgd = torch.zeros(heads, 4 * width, width)
 y_BTHd, _ = slstm_recurrence(x_BTG, R_Hgd, torch.zeros(4 * heads * width), torch.zeros(4, batch, heads * width))
 y_BTHd.float().sum().backward()
+qk = [torch.zeros(batch, heads, 128, 2 * width, dtype=dtype, requires_grad=True) for _ in range(2)]
+block = 64 if dtype is torch.float32 else 128
+pooled_by_kernels(*qk, *torch.zeros(2, batch, heads, 128).unbind(0), block).sum().backward()
 teacher = torch.zeros(batch, 64, dtype=torch.int32), torch.zeros(batch, 64), torch.zeros(batch)
 kd_rows_(torch.zeros(batch, 1000, dtype=dtype), torch.zeros(batch, dtype=torch.int64), *teacher, 0.2, 0.8, 1.5, True)
 print(json.dumps(used))
@@ -66,5 +70,6 @@ def test_kernels_compile_and_fit(batch: int, heads: int, width: int, dtype: str)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     used = json.loads(done.stdout.splitlines()[-1])
-    assert used.keys() == {"_forward", "_backward", "_kd_rows"}
+    pooled = {"_key_sums", "_pool", "_pool_backward", "_keys_backward"}
+    assert used.keys() == {"_forward", "_backward", "_kd_rows"} | pooled
     assert max(used.values()) <= SHARED_MEMORY, used

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers_student import toy_teacher
 from torch import Tensor
-from xlstm import sLSTMLayerConfig
+from xlstm import sLSTMBlock, sLSTMLayerConfig
 from xlstm.blocks.mlstm.backends import parallel_stabilized_simple
 from xlstm.blocks.slstm.cell import sLSTMCell_cuda, sLSTMCell_vanilla
 
@@ -60,7 +60,7 @@ def test_the_default_shape_is_the_papers() -> None:
 @pytest.mark.parametrize("slstm_at", [(), (0, 1, 2, 3), (3,)])
 def test_any_placement_of_slstm_blocks_can_be_built(slstm_at: tuple[int, ...]) -> None:
     model = build(StudentConfig(blocks=4, heads=4, slstm_at=slstm_at))
-    kinds = tuple(i for i, block in enumerate(model.stack.blocks) if type(block).__name__ == "sLSTMBlock")
+    kinds = tuple(i for i, block in enumerate(model.stack.blocks) if isinstance(block, sLSTMBlock))
     assert kinds == slstm_at
     out = model(tokens(2, 16), map_block=4)
     assert out.h_BTD.shape == (2, 16, 64)
