@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -46,11 +47,11 @@ def run(block: nn.Module, x_BTD: Tensor, upstream_BTD: Tensor, ours: bool, map_b
 
 
 @pytest.mark.parametrize("kind", sorted(BLOCKS))
-@pytest.mark.parametrize(("batch", "length", "map_block"), [(4, 128, 64), (3, 200, 50), (1, 65, 0), (5, 1, 0)])
+@pytest.mark.parametrize(("batch", "length", "map_block"), [(4, 128, 64), (3, 200, 50), (1, 65, 0)])
 def test_a_compiled_block_is_as_near_to_float64_as_the_package(
     kind: str, batch: int, length: int, map_block: int
 ) -> None:
-    squares: dict[str, Tensor] = {}  # of the package's distances, ours, and the values, over several blocks
+    distances: dict[str, list[tuple[float, float]]] = {}  # from float64, of each block: ours, the package's
     for seed in range(6):
         torch.manual_seed(seed)
         model = DistilXLSTM(StudentConfig(blocks=2, heads=4), *toy_teacher(width=256), max_length=128)
@@ -65,11 +66,11 @@ def test_a_compiled_block_is_as_near_to_float64_as_the_package(
             warnings.filterwarnings("error", message="torch.compile failed")
             package, found = (run(single, x_BTD.cuda(), upstream_BTD.cuda(), ours, map_block) for ours in (False, True))
         for name, want in exact.items():
-            terms = (package[name] - want, found[name] - want, want)
-            squares[name] = squares.get(name, 0) + torch.stack([x.square().sum() for x in terms])
+            ours, theirs = (float((values[name] - want).norm() / (want.norm() + 1e-9)) for values in (found, package))
+            distances.setdefault(name, []).append((ours, theirs))
     assert not compiled._failure
-    for name, sums in squares.items():
-        theirs, ours = (sums[:2] / (sums[2] + 1e-18)).sqrt().tolist()
-        # Of k values' distances the ratio of two norms scatters by 1/√k, even where both are equally good.
-        scatter = 3 / (6 * exact[name].numel()) ** 0.5
-        assert ours <= (1.05 + scatter) * theirs + 2e-3, f"{name}: {ours:.2e} from float64, the package's {theirs:.2e}"
+    for name, pairs in distances.items():
+        ratios = torch.tensor([math.log((ours + 1e-4) / (theirs + 1e-4)) for ours, theirs in pairs])
+        scatter = float(ratios.std()) / len(pairs) ** 0.5
+        assert sorted(theirs for _, theirs in pairs)[len(pairs) // 2] < 0.2, f"{name}: says nothing: {pairs}"
+        assert float(ratios.mean()) <= math.log(1.05) + 3 * scatter, f"{name}: ours and the package's: {pairs}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 
@@ -86,21 +87,20 @@ def test_captured_inputs_carry_gradients_as_the_packages_do() -> None:
 @pytest.mark.parametrize(("batch", "length"), [(3, 7), (5, 67)])
 def test_under_autocast_it_is_as_near_to_float64_as_the_package(kind: str, batch: int, length: int) -> None:
     """Over several blocks together: of one block, roundings put now the one nearer and now the other."""
-    squares: dict[str, Tensor] = {}  # of the package's distances, ours, and the values
+    distances: dict[str, list[tuple[float, float]]] = {}  # from float64, of each block: ours, the package's
     for seed in range(8):
         exact = run(block_of(kind, seed=seed), *inputs_of(batch, length), ours=False)
         block, inputs = block_of(kind, torch.float32, seed), inputs_of(batch, length, torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             package, found = (run(block, *inputs, ours=ours) for ours in (False, True))
         for name, want in exact.items():
-            terms = (package[name] - want, found[name] - want, want)
-            squares[name] = squares.get(name, 0) + torch.stack([x.square().sum() for x in terms])
-    for name, sums in squares.items():
-        theirs, ours = (sums[:2] / sums[2]).sqrt().tolist()
-        assert theirs < 0.2, f"{name}: the package's {theirs:.2e} says nothing"
-        # Of k values' distances the ratio of two norms scatters by 1/√k, even where both are equally good.
-        scatter = 3 / (8 * exact[name].numel()) ** 0.5
-        assert ours <= (1.05 + scatter) * theirs + 1e-3, f"{name}: {ours:.2e} from float64, the package's {theirs:.2e}"
+            ours, theirs = (float((values[name] - want).norm() / (want.norm() + 1e-9)) for values in (found, package))
+            distances.setdefault(name, []).append((ours, theirs))
+    for name, pairs in distances.items():
+        ratios = torch.tensor([math.log((ours + 1e-4) / (theirs + 1e-4)) for ours, theirs in pairs])
+        scatter = float(ratios.std()) / len(pairs) ** 0.5
+        assert sorted(theirs for _, theirs in pairs)[len(pairs) // 2] < 0.2, f"{name}: says nothing: {pairs}"
+        assert float(ratios.mean()) <= math.log(1.05) + 3 * scatter, f"{name}: ours and the package's: {pairs}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
