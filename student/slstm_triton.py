@@ -32,8 +32,13 @@ ROWS = 16
 
 
 @triton.jit
-def _gate_input(x_ptr, at, bias, inside):
-    return tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + bias
+def _four(x_ptr, at, inside, W: tl.constexpr):
+    """Four gates of a step, asked for together: their ways through memory overlap."""
+    i = tl.load(x_ptr + at, mask=inside, other=0.0)
+    f = tl.load(x_ptr + at + W, mask=inside, other=0.0)
+    z = tl.load(x_ptr + at + 2 * W, mask=inside, other=0.0)
+    o = tl.load(x_ptr + at + 3 * W, mask=inside, other=0.0)
+    return i, f, z, o
 
 
 # An argument that is 1 would become a constant, which `to` cannot widen: batches of one row would not compile.
@@ -72,12 +77,18 @@ def _forward(
     x_at = b.to(tl.int64)[:, None] * x_b + unit[None, :]
     out_at = b.to(tl.int64)[:, None] * length * W + unit[None, :]
     gate_at = b.to(tl.int64)[:, None] * length * (4 * W) + unit[None, :]
+    x_i, x_f, x_z, x_o = _four(x_ptr, x_at, inside, W)
+    left = tl.zeros([P, D2], tl.int32) + length - 1
     for _ in tl.range(0, length):
+        # The next step's inputs are on their way while this one is computed.
+        x_at += x_t
+        next_i, next_f, next_z, next_o = _four(x_ptr, x_at, inside & (left > 0), W)
+        left -= 1
         d_y = y.to(DOT)
-        i = _gate_input(x_ptr, x_at, b_i, inside) + tl.dot(d_y, R_i, input_precision=PRECISION)
-        f = _gate_input(x_ptr, x_at + W, b_f, inside) + tl.dot(d_y, R_f, input_precision=PRECISION)
-        z = _gate_input(x_ptr, x_at + 2 * W, b_z, inside) + tl.dot(d_y, R_z, input_precision=PRECISION)
-        o = _gate_input(x_ptr, x_at + 3 * W, b_o, inside) + tl.dot(d_y, R_o, input_precision=PRECISION)
+        i = x_i.to(tl.float32) + b_i + tl.dot(d_y, R_i, input_precision=PRECISION)
+        f = x_f.to(tl.float32) + b_f + tl.dot(d_y, R_f, input_precision=PRECISION)
+        z = x_z.to(tl.float32) + b_z + tl.dot(d_y, R_z, input_precision=PRECISION)
+        o = x_o.to(tl.float32) + b_o + tl.dot(d_y, R_o, input_precision=PRECISION)
         carried = tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f))) + m
         m = tl.maximum(i, carried)
         i = tl.exp(i - m)
@@ -96,7 +107,7 @@ def _forward(
             tl.store(gates_ptr + gate_at + 2 * W, z.to(kept), mask=inside)
             tl.store(gates_ptr + gate_at + 3 * W, o.to(kept), mask=inside)
             tl.store(mean_ptr + out_at, r.to(kept), mask=inside)
-        x_at += x_t
+        x_i, x_f, x_z, x_o = next_i, next_f, next_z, next_o
         out_at += W
         gate_at += 4 * W
     tl.store(last_ptr + state_at, y, mask=inside)
@@ -139,16 +150,23 @@ def _backward(
     d_z = tl.zeros([P, D2], tl.float32)
     d_o = tl.zeros([P, D2], tl.float32)
     left = tl.zeros([P, D2], tl.int32) + length - 1
+    kept_share, kept_f, kept_z, kept_o = _four(gates_ptr, gate_at, inside, W)
+    kept_r = tl.load(mean_ptr + out_at - W, mask=inside & (left > 0), other=0.0)
+    kept_dy = tl.load(dy_ptr + dy_at, mask=inside, other=0.0)
     for _ in tl.range(0, length):
-        share = tl.load(gates_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
-        f = tl.load(gates_ptr + gate_at + W, mask=inside, other=0.0).to(tl.float32)
-        z = tl.load(gates_ptr + gate_at + 2 * W, mask=inside, other=0.0).to(tl.float32)
-        o = tl.load(gates_ptr + gate_at + 3 * W, mask=inside, other=0.0).to(tl.float32)
-        # Of the step before; the first has the state instead.
-        r_before = tl.load(mean_ptr + out_at - W, mask=inside & (left > 0), other=0.0).to(tl.float32)
-        r_before = tl.where(left > 0, r_before, r_first)
+        # What the step before needs is on its way while this one is computed.
+        earlier = inside & (left > 0)
+        next_share, next_f, next_z, next_o = _four(gates_ptr, gate_at - 4 * W, earlier, W)
+        next_r = tl.load(mean_ptr + out_at - 2 * W, mask=inside & (left > 1), other=0.0)
+        next_dy = tl.load(dy_ptr + dy_at - dy_t, mask=earlier, other=0.0)
+        share = kept_share.to(tl.float32)
+        f = kept_f.to(tl.float32)
+        z = kept_z.to(tl.float32)
+        o = kept_o.to(tl.float32)
+        # The first step has the state before it.
+        r_before = tl.where(left > 0, kept_r.to(tl.float32), r_first)
         left -= 1
-        dy = tl.load(dy_ptr + dy_at, mask=inside, other=0.0).to(tl.float32)
+        dy = kept_dy.to(tl.float32)
         dy += tl.dot(d_i.to(DOT), R_i, input_precision=PRECISION)
         dy += tl.dot(d_f.to(DOT), R_f, input_precision=PRECISION)
         dy += tl.dot(d_z.to(DOT), R_z, input_precision=PRECISION)
@@ -171,6 +189,8 @@ def _backward(
         tl.store(dx_ptr + gate_at + W, d_f.to(kept), mask=inside)
         tl.store(dx_ptr + gate_at + 2 * W, d_z.to(kept), mask=inside)
         tl.store(dx_ptr + gate_at + 3 * W, d_o.to(kept), mask=inside)
+        kept_share, kept_f, kept_z, kept_o = next_share, next_f, next_z, next_o
+        kept_r, kept_dy = next_r, next_dy
         out_at -= W
         gate_at -= 4 * W
         dy_at -= dy_t

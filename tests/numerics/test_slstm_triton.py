@@ -72,6 +72,21 @@ def test_wide_heads_in_half_precision() -> None:
     torch.testing.assert_close(got_y.cpu().double(), plain(*exact)[0], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("empty", [True, False])
+def test_half_precision_gradients(empty: bool) -> None:
+    """What is kept for the backward is in half precision: its rounding must not add up over a row."""
+    exact = inputs(2, 64, 2, 16, empty)
+    single = [x.float().to(DEVICE) for x in exact]
+    single[0] = single[0].half()
+    for x in (*exact[:3], *single[:3]):
+        x.requires_grad_()
+    plain(*exact)[0].sum().backward()
+    slstm_recurrence(*single)[0].float().sum().backward()
+    for name, got, want in zip(("x", "R", "bias"), single, exact, strict=False):
+        assert got.grad is not None and want.grad is not None
+        assert (got.grad.cpu().double() - want.grad).norm() <= 5e-3 * want.grad.norm(), name
+
+
 @pytest.mark.parametrize(("width", "dtype"), [(256, torch.float16), (96, torch.float32)])
 def test_heads_that_are_too_wide_are_refused(width: int, dtype: torch.dtype) -> None:
     x_BTG, bias_G = torch.zeros(1, 1, 4 * width, dtype=dtype), torch.zeros(4 * width)
