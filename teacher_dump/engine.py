@@ -141,6 +141,13 @@ class TeacherEngine:
         for name, size in (("block", spec.block), ("window", spec.window)):
             if size and self.length % size:
                 raise UserError(f"{name}: {size} does not divide the sequence length {self.length}: choose a divisor")
+        parts, heads = self.options.tensor_parallel, config.get("num_attention_heads")
+        if heads and heads % parts:
+            divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+            raise UserError(
+                f"engine.tensor_parallel: {parts} does not divide the {heads} attention heads of {self.model}: "
+                f"choose one of {divisors}"
+            )
         if spec.window and not self.options.enforce_eager:
             raise UserError("enforce_eager: false, but pooled hidden states (window > 0) need it: set it to true")
         if positions and self.length > positions and not config.get("rope_scaling"):
@@ -306,7 +313,8 @@ class TeacherEngine:
         """The exception to raise instead: a sentence that names the engine and the first line of what it said."""
         if isinstance(error, UserError):
             return error
-        said = next((line for line in str(error).splitlines() if line.strip()), "").strip()
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = " ".join(lines[: 3 if "validation error" in (lines or [""])[0] else 1])  # pydantic's first is a heading
         text = f"{what}: {type(error).__name__}: {said.rstrip('.')}"
         if "Free memory" in said:
             return UserError(

@@ -107,6 +107,12 @@ def test_specs_that_do_not_fit_are_refused(plain: Path, spec: dict, said: str) -
         TeacherEngine(plain, length=LENGTH, capture=replace(SPEC, **spec), options=OPTIONS)
 
 
+def test_heads_that_cannot_be_divided_are_refused(plain: Path) -> None:
+    options = replace(OPTIONS, tensor_parallel=4)
+    with pytest.raises(UserError, match=r"engine.tensor_parallel: 4 does not divide the 6 .*one of \[1, 2, 3, 6\]"):
+        TeacherEngine(plain, length=LENGTH, capture=SPEC, options=options)
+
+
 def test_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="config.json is missing"):
         TeacherEngine(tmp_path, length=LENGTH, capture=SPEC, options=OPTIONS)
