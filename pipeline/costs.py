@@ -190,7 +190,8 @@ def teacher_rate(
     """Tokens per second of one GPU: bare prefill, its share of the peak, and our share of bare with these signals.
 
     A teacher that was not measured is read at the share of peak of the measured one nearest in size, and keeps of that
-    what we kept there. Text to committed shards against capture alone is what it was where both were measured.
+    what we kept there. Text to committed shards against capture alone is what it was for the nearest where both were
+    measured.
 
     Args:
         dump: the content of dump_throughput.json.
@@ -214,10 +215,11 @@ def teacher_rate(
     share_of_peak = bare * shapes[near].flop(length) / (H200_TFLOPS * 1e12)
     taken = case if case in here else "all" if "all" in here else "topk"
     end_to_end, ends = 1.0, "text to shards not measured"
-    for name, row in last.items():
-        if row.get("share") and {"all", "bare"} <= rates[name].keys():
-            end_to_end = row["share"] / (rates[name]["all"] / rates[name]["bare"])
-            ends = f"text to committed shards {end_to_end:.3f} of that, {name}"
+    whole = [name for name, row in last.items() if row.get("share") and name in shapes and "all" in rates[name]]
+    if whole:  # a small teacher waits for the tokeniser, a large one does not
+        name = min(whole, key=lambda name: abs(math.log(shapes[name].body / shape.body)))
+        end_to_end = last[name]["share"] / (rates[name]["all"] / rates[name]["bare"])
+        ends = f"text to committed shards {end_to_end:.3f} of that, {name}"
     where = f"{near}, T={length}, {dump['device']}, dump_throughput.json"
     same = near == shape.name and spec.length == length and peak_tflops == H200_TFLOPS
     rate = bare if same else share_of_peak * peak_tflops * 1e12 / shape.flop(spec.length)

@@ -69,12 +69,20 @@ def test_shapes_are_those_that_were_measured_and_have_the_published_sizes() -> N
         assert TeacherShape.of_config(name, KNOWN[name]).parameters == pytest.approx(parameters, rel=2e-3)
 
 
+def measured(shape: str) -> dict[str, float]:
+    rows = read_results(RESULTS, "dump_throughput")["rows"]
+    return {row["case"]: row["tokens_per_s"] for row in rows if row["shape"] == shape}
+
+
 def test_measured_shapes_come_out_as_measured(manifest: Path) -> None:
-    found = of(manifest)["stage one"]
-    assert found["bare prefill, a GPU"] == 191123
-    assert found["dump, a GPU"] == pytest.approx(152_512, rel=0.01)  # of the run's own bare, which was 0.3% faster
-    llama = of(manifest, teacher="meta-llama/Llama-3.1-8B")["stage one"]
-    assert llama["bare prefill, a GPU"] == 42106 and llama["our share"] == pytest.approx(0.8974 * 0.968, rel=0.01)
+    found, small = of(manifest)["stage one"], measured("qwen2.5-1.5b")
+    assert found["bare prefill, a GPU"] == small["bare"]
+    assert found["dump, a GPU"] == pytest.approx(small["committed"], rel=0.01)
+    llama, large = of(manifest, teacher="meta-llama/Llama-3.1-8B")["stage one"], measured("llama-3.1-8b")
+    assert llama["bare prefill, a GPU"] == large["bare"]
+    # What comes after the capture was not measured there: it is that of the nearest shape, not of the smallest.
+    kept = large["all"] / large["bare"] * small["committed"] / small["all"]
+    assert llama["our share"] == pytest.approx(kept, rel=1e-3)
     # Either shape from the other one's share of peak: how far the rule is off between 1.5 and 8 B parameters.
     assert found["share of peak"] / llama["share of peak"] == pytest.approx(1.0, abs=0.15)
 
@@ -149,7 +157,7 @@ def test_a_teacher_that_is_not_known_is_scaled_by_its_parameters(manifest: Path)
 
 def test_small_windows_are_limited_by_encoding(manifest: Path) -> None:
     every, wide = (of(manifest, window=w)["stage one"]["dump, a GPU"] for w in (1, 64))
-    assert every == 54_000 and wide > 150_000
+    assert every == 54_000 and wide > 2 * every
 
 
 def test_the_students_rate_is_scaled_from_what_was_measured(manifest: Path) -> None:
