@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
 from collections.abc import Iterator
 
@@ -119,6 +120,7 @@ def compiled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="the compiler of a CPU needs g++")
 @pytest.mark.usefixtures("compiled_on_cpu")
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_it_is_the_same(kind: str) -> None:
