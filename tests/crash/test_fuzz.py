@@ -38,7 +38,7 @@ def test_made_up_files_are_refused_or_read_rightly(tmp_path: Path) -> None:
     }
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    rows = read_json(tmp_path / "f")["rows"]
+    rows = read_json(tmp_path / "f")["parts"]["fuzz"]["rows"]
     assert sum(row["trials"] for row in rows) > 2400 and not any(row["failures"] for row in rows)
     for row in rows:
         outcomes = row["facts"]["outcomes"]
