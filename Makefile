@@ -97,7 +97,7 @@ report: ready ## one HTML page on cache and run
 bench: ready ## measure: storage, and on a GPU kernels and dump throughput; tables and benchmarks/results
 	$(PY) -m benchmarks
 
-chaos: ready ## harm caches, checkpoints and writers on purpose and count what goes wrong (about an hour)
+chaos: ready ## harm caches, checkpoints and writers on purpose and count what goes wrong (36 minutes on 2 cores)
 	PYTHONPATH=.:tests $(PY) -m chaos --json benchmarks/results/chaos.json $(ARGS)
 
 clean: ## remove what tools left behind; environment, data, caches and runs stay
