@@ -9,7 +9,9 @@ Legend: R rows, T tokens a row, V vocabulary, K top-k ids, S temperatures, G dep
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,7 @@ def random_tensors(vocab: int, width: int, device: torch.device | str = "cpu") -
 
 
 def write_random_cache(
-    path: Path, spec: CacheSpec, tokens: int, device: torch.device | str = "cpu", shard_tokens: int = 1 << 20
+    path: Path, spec: CacheSpec, tokens: int, device: torch.device | str = "cpu", shard_tokens: int = 1 << 18
 ) -> int:
     """Write a cache of at least `tokens` training tokens through the code that a dump commits with.
 
@@ -120,12 +122,15 @@ def write_random_cache(
     }  # fmt: skip
     data = {"corpus": "random", **spec.to_record()}
     manifest = create_or_match(path, Manifest(compat, data, spec, {}, "random", "2026-01-01T00:00:00+00:00"))
-    left, unit = -(-tokens // spec.length), 0
-    while left:
-        rows = min(left, max(1, shard_tokens // spec.length))
-        commit_random_shard(path, manifest, unit, rows, device)
-        left, unit = left - rows, unit + 1
-    return -(-tokens // spec.length) * spec.length
+    total, most = -(-tokens // spec.length), max(1, shard_tokens // spec.length)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # encoding and hashing leave Python's lock
+        jobs = [
+            pool.submit(commit_random_shard, path, manifest, unit, min(most, total - first), device)
+            for unit, first in enumerate(range(0, total, most))
+        ]
+    for job in jobs:
+        job.result()
+    return total * spec.length
 
 
 def commit_random_shard(path: Path, manifest: Manifest, unit: int, rows: int, device: torch.device | str) -> None:

@@ -39,14 +39,14 @@ class Case:
     """What is measured.
 
     Attributes:
-        case: online, package, synthetic, shards or shards_ddp2; `write` writes the cache that the last two read.
+        case: one of train_throughput's; `write` writes the cache that those from shards read.
         batch, length: B and T of an optimiser step, of each GPU.
         preset: the student's shape, a file in manifests/students; the loss is `fast`'s: CE, KL and attention maps.
         steps, warmup: optimiser steps that are timed, and those before them.
         width, vocab, teacher_layers: of the teacher; Qwen2.5-1.5B's.
         heads, blocks: of the student, 0: the preset's.
         micro_rows: rows of one forward pass of online and package, 0: as many as the memory holds (halved until so).
-        cache, run: folders of shards and shards_ddp2.
+        cache, run: folders of the cases from shards.
         profile: print the kernels by their time instead.
         parts: time the parts of the step as well (synthetic).
     """
@@ -286,6 +286,22 @@ def write(case: Case) -> dict[str, Any]:
 
 def shards(case: Case) -> dict[str, Any]:
     """Training as a user runs it: the command line's trainer, loader and callbacks, from committed shards."""
+    from pipeline.cache import Cache
+
+    if case.case != "shards_s3":
+        return train(case, case.cache)
+    from benchmarks.remote_loader import copy_to, local_server
+
+    rows = int(Cache(case.cache).shards("train").rows.sum())
+    with local_server() as url:
+        copy_to(Path(case.cache), url)
+        # The first epoch is the warm-up: it fills the copies on the local disk.
+        case = replace(case, warmup=rows // case.batch)
+        return train(case, url, **{"data.local_copies": f"{case.run}/copies"})
+
+
+def train(case: Case, cache: str, **more: Any) -> dict[str, Any]:
+    """`python -m student` with a clock inside."""
     import student.__main__ as command
     from benchmarks.train_clock import StepClock, timed_waits
 
@@ -293,7 +309,7 @@ def shards(case: Case) -> dict[str, Any]:
     clock = StepClock(case.warmup, case.steps)
     options = {
         "config": PRESETS / f"{LOSS_PRESET}.yaml",
-        "cache": case.cache,
+        "cache": cache,
         "run": case.run,
         "checkpoint_every": 1_000_000,
         "trainer.max_steps": case.warmup + case.steps,
@@ -303,6 +319,7 @@ def shards(case: Case) -> dict[str, Any]:
         "model.loss.chunk_rows": case.loss().chunk_rows,
         "data.batch_rows": case.batch * case.gpus,
         **{f"model.student.{name}": value for name, value in asdict(config).items() if value is not None},
+        **more,
     }
     command.TRAINER_DEFAULTS = {**command.TRAINER_DEFAULTS, "callbacks": [clock]}
     with timed_waits(TrainLoader, clock.waits):

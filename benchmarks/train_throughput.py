@@ -5,11 +5,12 @@
     python -m benchmarks.train_throughput --profile
 
 Cases: `online` (teacher in the loop, divergence over the whole vocabulary, blocks of the `xlstm` package: how the
-paper's authors train), `package` (the package's blocks and a chunked loss in plain PyTorch on the same sparse targets),
-`synthetic` (ours, one batch that stays on the GPU, no trainer), `shards` (ours: `python -m student` with its trainer,
-loader and callbacks, from shards that the benchmark commits first) and `shards_ddp2` (the same on two GPUs; the batch
-is that of each). The student is that of manifests/students/PRESET.yaml on a teacher of Qwen2.5-1.5B's width and
-vocabulary; the loss CE + KL + attention maps, for online and package CE + KL. AdamW, bf16-mixed, gradients clipped.
+paper's authors train), `package` (the package's blocks and a chunked loss in plain PyTorch on the same sparse
+targets), `synthetic` (ours, one batch that stays on the GPU, no trainer), `shards` (ours: `python -m student` with
+its trainer, loader and callbacks, from shards that the benchmark commits first), `shards_s3` (the same shards from an
+S3-compatible server on this machine, in the epoch after the first) and `shards_ddp2` (on two GPUs; the batch is that
+of each). The student is that of manifests/students/PRESET.yaml on a teacher of Qwen2.5-1.5B's width and vocabulary;
+the loss CE + KL + attention maps, for online and package CE + KL. AdamW, bf16-mixed, gradients clipped.
 
 The floor is (6 P + 4 V D) / R microseconds a token: P weights of the trained matrices (0.50 GFLOP a token at D=1536),
 V D the frozen head (0.93), R the FLOP/s that a large bfloat16 product reaches in the same process. `share` is the floor
@@ -24,7 +25,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from benchmarks.measured import RESULTS, Row, device_name, merged_with, table, w
 from benchmarks.processes import in_own_process
 from benchmarks.train_case import LOSS_PRESET, PRESETS, Case
 
-CASES = ("online", "package", "synthetic", "shards", "shards_ddp2")
+CASES = ("online", "package", "synthetic", "shards", "shards_s3", "shards_ddp2")
 KEYS = ("preset", "case", "batch", "length")
 COLUMNS = [*KEYS, "tokens_per_s", "us_per_token", "share", "peak_gb", "micro_rows", "loader_wait_us", "longest_wait_s"]
 SMALL: dict[str, Any] = {
@@ -66,29 +67,35 @@ def to_row(case: Case, found: dict[str, Any]) -> Row:
 def run_cases(arguments: argparse.Namespace, scratch: Path) -> list[Row]:
     """Measure what was asked for; a case that fails is reported and left out."""
     rows: list[Row] = []
-    for preset in arguments.presets:
-        for batch, length in arguments.shapes:
+    for batch, length in arguments.shapes:
+        cache = scratch / f"cache-{batch}x{length}"
+        for preset in arguments.presets:
             for kind in arguments.cases:
-                folder = scratch / f"{preset}-{batch}x{length}-{kind}"
-                case = case_of(arguments, kind, preset, batch, length, folder)
+                case = case_of(arguments, kind, preset, batch, length, scratch / f"{preset}-{batch}x{length}-{kind}")
+                case = replace(case, cache=str(cache))
                 started = time.perf_counter()
                 try:
-                    if kind.startswith("shards"):
-                        written = {**asdict(case), "case": "write", "batch": batch * case.gpus}
-                        in_own_process("benchmarks.train_case", written, arguments.timeout)
+                    if kind.startswith("shards") and not cache.exists():
+                        in_own_process("benchmarks.train_case", asdict(to_write(case)), arguments.timeout)
                     found = in_own_process("benchmarks.train_case", asdict(case), arguments.timeout)
                 except (RuntimeError, OSError) as error:
                     print(error, file=sys.stderr, flush=True)
                     continue
                 finally:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    shutil.rmtree(case.run, ignore_errors=True)
                 if arguments.profile:
                     print(f"{preset} {batch}x{length}: {found['table']}", flush=True)
                     continue
                 rows.append(to_row(case, found))
                 print(json.dumps(rows[-1]), f"({time.perf_counter() - started:.0f} s)", flush=True)
                 save(arguments, rows)
+        shutil.rmtree(cache, ignore_errors=True)
     return rows
+
+
+def to_write(case: Case) -> Case:
+    """What writes a cache that is large enough for every case of this shape: two GPUs warm up on twice the rows."""
+    return replace(case, case="write", steps=case.gpus * case.steps + case.warmup)
 
 
 def case_of(arguments: argparse.Namespace, kind: str, preset: str, batch: int, length: int, folder: Path) -> Case:
@@ -98,7 +105,7 @@ def case_of(arguments: argparse.Namespace, kind: str, preset: str, batch: int, l
         steps = max(steps, arguments.shard_tokens // (batch * length * gpus))
     return Case(
         kind, batch, length, preset, steps, arguments.warmup, micro_rows=arguments.micro_rows,
-        chunk_rows=arguments.chunk_rows, cache=str(folder / "cache"), run=str(folder / "run"),
+        chunk_rows=arguments.chunk_rows, run=str(folder),
         profile=arguments.profile, parts=not arguments.no_parts, **(SMALL if arguments.small else {}),
     )  # fmt: skip
 
