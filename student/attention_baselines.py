@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from student.losses.attention import Sinks, prepare_map
-from student.map_distances import DISTANCES, SINKS, compared_rows, distance, teacher_shares
+from student.map_distances import DISTANCES, SINKS, compared_rows, distance, full_rows, teacher_shares
 
 HALF_LIVES = 64
 """So many are tried, a constant factor apart, from half a token to LONGEST rows, which is all but uniform."""
@@ -71,7 +71,7 @@ class Fitted:
     Attributes:
         rows: how many.
         half_life: (distance, sinks) -> tokens, one a depth group: the best for that distance.
-        mean_map: sinks -> (G, n, n), the mean of the teacher's prepared maps over the rows that are compared.
+        mean_map: sinks -> (G, n, n), the mean of the teacher's prepared maps over rows full of valid tokens.
     """
 
     rows: int
@@ -99,8 +99,9 @@ def fit(rows: Iterable[tuple[Tensor, Tensor]], block: int) -> Fitted:
             teacher_BGnn = teacher_shares(attn_map_BGnn, sinks)
             compared_BGn = compared_rows(teacher_BGnn, length_B, block, sinks)
             sum_Gnn, rows_Gn = maps.get(sinks, (torch.zeros(groups, n, n).double(), torch.zeros(groups, n).double()))
-            kept_BGnn = teacher_BGnn.double() * compared_BGn[..., None]
-            maps[sinks] = sum_Gnn + kept_BGnn.sum(0), rows_Gn + compared_BGn.sum(0)
+            full_BGn = full_rows(length_B, n, block)[:, None, :] & (teacher_BGnn.sum(-1) > 0)
+            kept_BGnn = teacher_BGnn.double() * full_BGn[..., None]
+            maps[sinks] = sum_Gnn + kept_BGnn.sum(0), rows_Gn + full_BGn.sum(0)
             tried_Hnn = prepare_map(recency, "signed", sinks, normalise_rows=True)
             for name in DISTANCES:
                 total_HG = totals.setdefault((name, sinks), torch.zeros(len(lives), groups).double())

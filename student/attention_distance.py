@@ -295,8 +295,9 @@ def table(content: dict[str, Any]) -> str:
     for sinks in SINKS:
         lines += ["", f"Jensen-Shannon divergence in bits, {titles[sinks]}"]
         lines.append(f"{'depth':16}" + "".join(f"{title:>11}" for _, title in heads))
-        for entry in content["depth"]:
-            place = f"{100 * entry['from']:.0f}–{100 * entry['to']:.0f}%"
+        groups = len(content["depth"])
+        for group, entry in enumerate(content["depth"]):
+            place = f"{100 * group // groups}–{100 * (group + 1) // groups}%"
             lines.append(f"{place:16}" + _cells(entry[sinks]["jensen_shannon"], heads))
         for name, title in (("jensen_shannon", "mean"), ("total_variation", "total variation")):
             lines.append(f"{title:16}" + _cells(content["mean"][sinks][name], heads))

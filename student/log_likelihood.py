@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
 from student.device import chunk_rows
 from student.language_model import LanguageModel
 
@@ -48,10 +49,9 @@ class Request:
 
 
 def encode_pair(encode: Callable[[str], list[int]], context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Token ids of a context and of its continuation."""
-    kept = context.rstrip()
+    """Token ids of a context and of its continuation; the last token is the continuation's, whatever it is."""
     whole = encode(context + continuation)
-    of_context = encode(kept)
+    of_context = encode(context.rstrip())[: max(0, len(whole) - 1)]
     return of_context, whole[len(of_context) :]
 
 
@@ -59,13 +59,13 @@ def as_request(model: LanguageModel, context: str, continuation: str, start: Seq
     """Tokenise, put `start` before it, and cut from the left what the model cannot read.
 
     Raises:
-        ValueError: the continuation has no token of its own, or more than the model reads.
+        UserError: the continuation has no token, or more than the model reads.
     """
     before, targets = encode_pair(model.encode, context, continuation)
     if not targets or len(targets) > (model.max_length or len(targets)):
-        raise ValueError(
-            f"the continuation {continuation[:80]!r} has {len(targets)} tokens of its own; wanted are one or more, and "
-            f"no more than the {model.max_length} that the model reads"
+        raise UserError(
+            f"the continuation {continuation[:80]!r} has {len(targets)} tokens; the model reads 1 to "
+            f"{model.max_length or 'any number'}: it cannot be asked this task"
         )
     before = [*start, *before] or [model.start_id]
     read = [*before, *targets][:-1]

@@ -48,10 +48,14 @@ def compared_rows(teacher_BGnn: Tensor, length_B: Tensor, block: int, sinks: Sin
     Args:
         teacher_BGnn: prepared maps; a row of zeros (nothing left beside the sink) is not compared.
     """
-    first_n = torch.arange(teacher_BGnn.shape[-1], device=length_B.device)
-    full_Bn = (first_n[None, :] + 1) * block <= length_B[:, None]
-    choice_n = first_n >= (1 if sinks == "keep" else 2)
-    return (full_Bn & choice_n)[:, None, :] & (teacher_BGnn.sum(-1) > 0)
+    n = teacher_BGnn.shape[-1]
+    choice_n = torch.arange(n, device=length_B.device) >= (1 if sinks == "keep" else 2)
+    return (full_rows(length_B, n, block) & choice_n)[:, None, :] & (teacher_BGnn.sum(-1) > 0)
+
+
+def full_rows(length_B: Tensor, n: int, block: int) -> Tensor:
+    """bool (B, n): query blocks full of valid tokens."""
+    return (torch.arange(n, device=length_B.device)[None, :] + 1) * block <= length_B[:, None]
 
 
 def teacher_shares(attn_map_BGnn: Tensor, sinks: Sinks) -> Tensor:

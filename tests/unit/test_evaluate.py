@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_cache import toy_logits, write_toy_cache
-from helpers_student import save_checkpoint
+from helpers_run import write_run
 from torch import Tensor
 
 from pipeline.cache import Cache
@@ -21,28 +21,9 @@ from pipeline.commit import read_json
 from pipeline.errors import UserError, run_command
 from student import evaluate as command
 from student.batch import IGNORE, Batch
-from student.checkpoint import RunRecord, load_student
+from student.checkpoint import load_student
 from student.data import SplitLoader
 from student.metrics import Positions, position_bins, unigram_log_probabilities
-from student.model import DistilXLSTM, StudentConfig
-from student.run_folder import copy_teacher
-
-CONFIG = StudentConfig(blocks=2, heads=4, final_norm="teacher")
-
-
-def write_run(run: Path, cache: Path) -> Path:
-    """The run folder of a student that was never trained."""
-    opened = Cache(cache)
-    teacher = opened.teacher
-    copy_teacher(teacher.path, run)
-    RunRecord(CONFIG, "teacher", opened.spec.length, opened.manifest.compat_id).write(run)
-    torch.manual_seed(1)
-    model = DistilXLSTM(CONFIG, teacher.facts, teacher.tensors(), opened.spec.length)
-    (run / "checkpoints").mkdir()
-    state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    save_checkpoint({"state_dict": state}, run / "checkpoints" / "last.ckpt")
-    return run
-
 
 @pytest.fixture(scope="module", params=["stream", "document"])
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
