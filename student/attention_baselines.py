@@ -4,7 +4,7 @@ Each is the exact pooled form of an attention over single tokens, pooled as `att
 block I of what they give to the keys of block J.
 
 - uniform: A[t,s] = 1 / (t + 1), every token of the past alike.
-- recency: A[t,s] proportional to 2^(−(t − s) / h), one half-life h in tokens for a depth group, fitted to training rows.
+- recency: A[t,s] proportional to 2^(−(t − s) / h), one half-life h (tokens) a depth group, fitted to training rows.
 - own block, previous block: all of it within the query's block, or on the block before.
 - the teacher's mean map: what its maps are on average over training rows, the best there is without the text.
 

@@ -5,7 +5,8 @@
 On held-out rows, at every depth group of the cache: the distance (`map_distances.py`) from the teacher's pooled maps to
 the implicit attention of the student's mLSTM blocks at that depth, and to what does not know the text or has not
 learned (`attention_baselines.py`, and students of the same shape with fresh weights). All with the first key block,
-where attention parks (`keep`), and without it (`drop`). Writes RUN/attention_distance.json and RUN/attention_distance.png.
+where attention parks (`keep`), and without it (`drop`). Writes RUN/attention_distance.json and
+RUN/attention_distance.png.
 
 Legend: B rows of the cache, G depth groups, n = T/b blocks.
 """
@@ -94,7 +95,7 @@ def attention_distance(options: AttentionDistanceOptions) -> dict[str, Any]:
     """Measure, write both files into the run folder, and return what attention_distance.json holds.
 
     Raises:
-        UserError: no such run or cache, of different teachers, no attention maps, no mLSTM block, or nothing to compare.
+        UserError: no such run or cache, of different teachers, no attention maps, no mLSTM block, or no rows.
     """
     for name in ("batch_rows", "fit_rows", "untrained"):
         if getattr(options, name) < 1:
@@ -285,10 +286,16 @@ class Comparison:
 def table(content: dict[str, Any]) -> str:
     """A table with and one without the first key block."""
     heads = [("untrained", "untrained"), ("mean_teacher_map", "mean map"), ("recency", "recency")]
-    heads = [("student", "student"), *heads, ("uniform", "uniform"), ("own_block", "own"), ("previous_block", "previous")]
+    heads = [
+        ("student", "student"),
+        *heads,
+        ("uniform", "uniform"),
+        ("own_block", "own"),
+        ("previous_block", "previous"),
+    ]
     titles = {"keep": "with the first key block", "drop": "without it"}
     lines = [
-        f"held-out: {content['rows']} rows; blocks of {content['tokens_per_block']} tokens; distance to the teacher's maps",
+        f"held-out: {content['rows']} rows, blocks of {content['tokens_per_block']} tokens; distance to the teacher's",
         "0: the same, 1: nothing in common; mean map and recency are fitted to "
         f"{content['fitted_rows']} training rows of the teacher",
     ]

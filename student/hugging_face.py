@@ -1,4 +1,4 @@
-"""A causal language model in a Hugging Face folder, as two functions: hidden states of rows, and logits of some of them.
+"""A causal language model of a Hugging Face folder, as two functions: hidden states of rows, and logits of some.
 
 Logits over a whole vocabulary are by far the largest thing a model returns, and an evaluation needs few of them at a
 time. `hidden` gives what the model's head multiplies; `logits` lets the model's own forward pass go from there, so that
@@ -60,7 +60,10 @@ class CausalLM:
         """float32 logits (N, V) of hidden states, scaled and capped as the model does."""
         if self._head is None:
             return h_ND.float()
-        with self._before_head(lambda _: h_ND.to(self.model.dtype)[None]), torch.autocast(h_ND.device.type, enabled=False):
+        with (
+            self._before_head(lambda _: h_ND.to(self.model.dtype)[None]),
+            torch.autocast(h_ND.device.type, enabled=False),
+        ):
             # The pass over one token is only there to call the head and what follows it.
             any_11 = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
             logits_NV: Tensor = self.model(any_11, use_cache=False).logits[0].float()
@@ -89,7 +92,11 @@ class CausalLM:
 
 @lru_cache(maxsize=1)
 def load_causal_lm(
-    source: str, dtype: Dtype = "float32", device: str = "cpu", trust_remote_code: bool = False, option: str = "--teacher"
+    source: str,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    option: str = "--teacher",
 ) -> CausalLM:
     """A model of a folder or hub id, in evaluation mode; the last one stays loaded for the next call.
 

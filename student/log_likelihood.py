@@ -73,7 +73,9 @@ def as_request(model: LanguageModel, context: str, continuation: str, start: Seq
     return Request(tuple(read[cut:]), len(read) - cut - len(targets), tuple(targets))
 
 
-def log_likelihoods(model: LanguageModel, requests: Sequence[Request], batch_tokens: int) -> Iterator[tuple[int, Scored]]:
+def log_likelihoods(
+    model: LanguageModel, requests: Sequence[Request], batch_tokens: int
+) -> Iterator[tuple[int, Scored]]:
     """(index of the request, its score), longest requests first, as batches are done.
 
     Args:

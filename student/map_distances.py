@@ -79,5 +79,7 @@ def group_weights(mlstm_blocks: tuple[int, ...], blocks: int, groups: int) -> li
 
 def student_shares(maps: dict[int, Tensor], weights: dict[int, float], sinks: Sinks) -> Tensor:
     """The student's map at one depth as distributions (B, n, n): magnitudes, rows normalised, then the blocks mixed."""
-    parts = [weight * prepare_map(maps[block], "absolute", sinks, normalise_rows=True) for block, weight in weights.items()]
+    parts = [
+        weight * prepare_map(maps[block], "absolute", sinks, normalise_rows=True) for block, weight in weights.items()
+    ]
     return torch.stack(parts).sum(0)

@@ -1,4 +1,4 @@
-"""Sums behind the evaluation's figures: cross-entropies, bits per byte, KL_{K+1}, agreement, by position in the context.
+"""Sums behind the evaluation's figures: cross-entropies, bits per byte, KL_{K+1}, agreement; by position, too.
 
 Every position with a finite `target_logit` is counted once, the row's last included; padding never. Bits per byte are
 sum of nats over targets / (ln 2 * sum of the targets' bytes); special tokens stand for no bytes but their nats count.

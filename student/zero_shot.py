@@ -51,7 +51,7 @@ class ZeroShotOptions:
     batch_tokens: int | None = None
     """Tokens of a batch; null: 2,048 on a CPU, 65,536 on a GPU."""
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
-    """32-true; bf16-mixed: weights float32, products in bfloat16; bf16-true (Hugging Face folders only): weights too."""
+    """32-true; bf16-mixed: products in bfloat16; bf16-true: weights too, of Hugging Face folders only."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, or cuda:N."""
     bos: bool = False
@@ -134,7 +134,9 @@ def check_options(options: ZeroShotOptions) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name} must be 1 or more, found {value}")
     if options.precision == "bf16-true" and options.run is not None:
-        raise UserError("--precision bf16-true is for Hugging Face folders: a student keeps float32 weights; bf16-mixed")
+        raise UserError(
+            "--precision bf16-true is for Hugging Face folders: a student keeps float32 weights; bf16-mixed"
+        )
 
 
 def output_of(options: ZeroShotOptions) -> Path:
@@ -225,8 +227,8 @@ def table(content: dict[str, Any]) -> str:
     models = content["models"]
     lines = [f"{'':22}{'documents':>10}{'chance':>9}" + "".join(f"{role:>18}" for role in models)]
     for name, task in content["tasks"].items():
-        measures = ["acc", "perplexity"] if TASKS[name].asks_for_word else ["acc", "acc_norm"]
-        measures.sort(key=lambda measure, task=task: measure != task["measure"])
+        others = ["acc", "perplexity"] if TASKS[name].asks_for_word else ["acc", "acc_norm"]
+        measures = [task["measure"], *(measure for measure in others if measure != task["measure"])]
         for number, measure in enumerate(measures):
             cells = [models[role]["tasks"][name] for role in models]
             chance = "" if task["chance"] is None or number else f"{100 * task['chance']:.1f}%"

@@ -65,12 +65,38 @@ class Task:
 
 
 TASKS = {
-    "lambada": Task("lambada/bpb_0shot", 5153, "dc0401eae36943b780fdf9c4c599d6ca3ee4527561e74750b554387413609fd3", "LAMBADA", asks_for_word=True),
-    "hellaswag": Task("hellaswag/rc_0shot", 10042, "b60efa0498fa72660a3d02fc5f56cff32adcc09bbb156973f6d7706a4fa99313", "HellaSwag", by_length=True),
-    "piqa": Task("piqa/rc_0shot", 1838, "b8dccf109413129f40c395c0224b7971b594a020c4c3ffca0a33954c464e896c", "PIQA", by_length=True),
-    "arc_easy": Task("arc_easy/test_rc_5shot", 2376, "fc0ece4d2724bf7cc8883c66cb604c5b1ef4d5e413a532c092f4cdbb7f9a8f2e", "ARC-Easy", without_examples=True),
+    "lambada": Task(
+        "lambada/bpb_0shot",
+        5153,
+        "dc0401eae36943b780fdf9c4c599d6ca3ee4527561e74750b554387413609fd3",
+        "LAMBADA",
+        asks_for_word=True,
+    ),
+    "hellaswag": Task(
+        "hellaswag/rc_0shot",
+        10042,
+        "b60efa0498fa72660a3d02fc5f56cff32adcc09bbb156973f6d7706a4fa99313",
+        "HellaSwag",
+        by_length=True,
+    ),
+    "piqa": Task(
+        "piqa/rc_0shot",
+        1838,
+        "b8dccf109413129f40c395c0224b7971b594a020c4c3ffca0a33954c464e896c",
+        "PIQA",
+        by_length=True,
+    ),
+    "arc_easy": Task(
+        "arc_easy/test_rc_5shot",
+        2376,
+        "fc0ece4d2724bf7cc8883c66cb604c5b1ef4d5e413a532c092f4cdbb7f9a8f2e",
+        "ARC-Easy",
+        without_examples=True,
+    ),
     "sciq": Task("sciq/rc_0shot", 1000, "0998e17c1f0062811e8836691e086e02144a6260c0b1c7a25e710af38bd9faac", "SciQ"),
-    "winogrande": Task("winogrande/rc_0shot", 1267, "f27431ad711c512d43ea773feeeebca5e99d4296d4357ecb3f08fa60343f7bff", "WinoGrande"),
+    "winogrande": Task(
+        "winogrande/rc_0shot", 1267, "f27431ad711c512d43ea773feeeebca5e99d4296d4357ecb3f08fa60343f7bff", "WinoGrande"
+    ),
     "boolq": Task("boolq/rc_0shot", 3270, "563e4d0dca23128a18264fa7387ad7a48f7dca6b7d25f395f46e7ceda003004a", "BoolQ"),
 }
 

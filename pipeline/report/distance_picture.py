@@ -41,7 +41,9 @@ def distance_picture(
                 ax.spines[:].set_visible(False)
                 if map_nn is None:
                     ax.set_facecolor("white")
-                    ax.text(0.5, 0.5, "no mLSTM block\nat this depth", ha="center", va="center", color=FAINT, fontsize=8)
+                    ax.text(
+                        0.5, 0.5, "no mLSTM block\nat this depth", ha="center", va="center", color=FAINT, fontsize=8
+                    )
                     ax.set_aspect("equal")
                 else:
                     image = draw_map(ax, map_nn)

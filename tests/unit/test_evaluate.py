@@ -25,6 +25,7 @@ from student.checkpoint import load_student
 from student.data import SplitLoader
 from student.metrics import Positions, position_bins, unigram_log_probabilities
 
+
 @pytest.fixture(scope="module", params=["stream", "document"])
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run and its cache, packed either way; the last batch of held-out rows is a smaller one."""

@@ -26,7 +26,11 @@ from student.language_model import student_of
 from student.log_likelihood import Scored, encode_pair
 
 DOCUMENTS = {
-    "lambada": [("the people were called by their first", ["words"], 0), ("it is", ["one"], 0), ("all of", ["them"], 0)],
+    "lambada": [
+        ("the people were called by their first", ["words"], 0),
+        ("it is", ["one"], 0),
+        ("all of", ["them"], 0),
+    ],
     "piqa": [("how would you do it", ["use them", "see\u2028her now"], 1), ("he made a", ["way", "number"], 0)],
     "arc_easy": [("where is it", ["up", "out", "there"], 2), ("who are they", ["all", "some people"], 1)],
 }
@@ -172,7 +176,11 @@ def test_student_and_teacher_side_by_side(
     shown = capsys.readouterr().out
     content = read_json(run / "zero_shot.json")
     assert list(content["models"]) == ["student", "teacher"]
-    assert content["tasks"]["arc_easy"] == {"documents": 2, "chance": pytest.approx((1 / 3 + 1 / 2) / 2), "measure": "acc"}
+    assert content["tasks"]["arc_easy"] == {
+        "documents": 2,
+        "chance": pytest.approx((1 / 3 + 1 / 2) / 2),
+        "measure": "acc",
+    }
     assert content["tasks"]["piqa"]["measure"] == "acc_norm"
     assert "ARC-Easy" in shown and "student" in shown and "teacher" in shown and "41.7%" in shown
     assert f"written to {run / 'zero_shot.json'}" in shown
