@@ -13,6 +13,8 @@ from pipeline.errors import UserError
 Precision = Literal["32-true", "bf16-mixed"]
 
 CPU_ROWS = 256
+CPU_BATCH_ROWS = 8
+GPU_BATCH_TOKENS = 32_768
 GPU_LOGITS = 1 << 28
 """Logits of one chunk on a GPU: 1 GB in float32, a few times that with what is computed of them."""
 
@@ -33,6 +35,19 @@ def pick_device(name: str) -> torch.device:
 def chunk_rows(device: torch.device, vocab_size: int) -> int:
     """Positions whose logits over the whole vocabulary are held at a time: few on a CPU, products that fill a GPU."""
     return CPU_ROWS if device.type == "cpu" else max(CPU_ROWS, GPU_LOGITS // vocab_size)
+
+
+def batch_rows(given: int | None, device: torch.device, length: int) -> int:
+    """Rows of a batch: as the option says, else few on a CPU, and on a GPU as many as keep it busy.
+
+    Raises:
+        UserError: the option is below 1.
+    """
+    if given is None:
+        return CPU_BATCH_ROWS if device.type == "cpu" else max(1, GPU_BATCH_TOKENS // length)
+    if given < 1:
+        raise UserError(f"--batch_rows must be 1 or more, found {given}")
+    return given
 
 
 @contextmanager

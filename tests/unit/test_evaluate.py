@@ -160,7 +160,7 @@ def test_another_cache_of_the_teacher_gets_files_of_its_own(
     first = command.evaluate(command.EvaluateOptions(str(run), str(cache)))
     arguments = ["--run", str(run), "--cache", str(other), "--out", "other.text"]
     assert command.main(arguments) == 0
-    assert f"written to {run / 'evaluation-other.text.json'}" in capsys.readouterr().out
+    assert f"targets/s; written to {run / 'evaluation-other.text.json'}" in capsys.readouterr().out
     assert read_json(run / "evaluation.json") == first
     second = read_json(run / "evaluation-other.text.json")
     assert (second["rows"], second["cache"]) == (3, str(other))
@@ -255,7 +255,7 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path, capsys: pytest.Captur
         error = capsys.readouterr().err
         assert message in error and error.startswith("error: ") and error.count("\n") == 1, error
     assert not (run / "evaluation.json").exists()
-    with pytest.raises(UserError, match="must be 1 or more"):
+    with pytest.raises(UserError, match="--batch_rows must be 1 or more, found 0"):
         command.evaluate(command.EvaluateOptions(str(run), str(cache), batch_rows=0))
 
 
