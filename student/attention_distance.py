@@ -299,11 +299,9 @@ def table(content: dict[str, Any]) -> str:
         ("previous_block", "previous"),
     ]
     titles = {"keep": "with the first key block", "drop": "without it"}
-    lines = [
-        f"held-out: {content['rows']} rows, blocks of {content['tokens_per_block']} tokens; distance to the teacher's",
-        "0: the same, 1: nothing in common; mean map and recency are fitted to "
-        f"{content['fitted_rows']} training rows of the teacher",
-    ]
+    held = f"held-out: {content['rows']} rows in blocks of {content['tokens_per_block']} tokens"
+    fitted = f"mean map and recency are fitted to {content['fitted_rows']} training rows"
+    lines = [f"{held}; how far from the teacher's maps (0: the same,", f"1: nothing in common); {fitted}"]
     for sinks in SINKS:
         lines += ["", f"Jensen-Shannon divergence in bits, {titles[sinks]}"]
         lines.append(f"{'depth':16}" + "".join(f"{title:>11}" for _, title in heads))

@@ -92,7 +92,10 @@ def attention_distance(run: Run) -> Iterator[str]:
         rows.append([f"mean, {TITLES[sinks]}", *_cells(content["mean"][sinks]["jensen_shannon"])])
         yield page.number_table(["", *WHOSE.values()], [rows[-1], *rows[:-1]])
     if run.measured.picture is not None:
-        yield page.image(run.measured.picture, "Attention maps of one held-out row: teacher, student, baselines")
+        caption = "The first held-out row; below each map its mean distance over all of them, first key block included."
+        yield page.image(
+            run.measured.picture, "Attention maps of one held-out row: teacher, student, baselines", caption
+        )
 
 
 def _cells(means: dict[str, float]) -> list[str]:
