@@ -141,18 +141,23 @@ def test_figures_of_choices() -> None:
         tasks.Document((("c", " a long one"), ("c", " b")), 0),
         tasks.Document((("c", " abc"), ("c", " b")), 1),
         tasks.Document((("c", " ab"), ("c", " cd")), 1),
+        tasks.Document((("c", " \u00e9\u00e9"), ("c", " abc")), 1),
+        tasks.Document((("c", " a"), ("c", " bcd")), 1),
     ]
-    answers = [
-        [Scored(-9.0, False, 3), Scored(-2.0, False, 1)],  # likeliest: wrong; per character (-1.0, -2.0): right
-        [Scored(-3.0, False, 3), Scored(-2.0, False, 1)],  # right; per character (-1.0, -2.0): wrong
-        [Scored(-2.0, True, 1), Scored(-2.0, True, 1)],  # a tie: the first, wrong
+    nats = [
+        (-9.0, -2.0),  # likeliest: the second, wrong; per character (-0.9, -2.0): right
+        (-9.0, -2.0),  # right; per character (-3.0, -2.0): right
+        (-2.0, -2.0),  # a tie: the first, wrong
+        (-2.2, -3.0),  # wrong; per character (-1.1, -1.0): right, though not per byte
+        (-1.0, -2.6),  # wrong; per character (-1.0, -0.87): right, though not with the spaces
     ]
+    answers = [[Scored(first, False, 1), Scored(second, False, 1)] for first, second in nats]
     found = command.figures_of(tasks.TASKS["hellaswag"], documents, answers)
-    assert found["acc"] == found["acc_norm"] == pytest.approx(1 / 3)
-    assert found["acc_stderr"] == pytest.approx(math.sqrt((1 / 3) * (2 / 3) / 2))  # sqrt(p (1 - p) / (n - 1))
+    assert found["acc"] == pytest.approx(1 / 5) and found["acc_norm"] == pytest.approx(4 / 5)
+    assert found["acc_stderr"] == pytest.approx(math.sqrt((1 / 5) * (4 / 5) / 4))  # sqrt(p (1 - p) / (n - 1))
     assert command.chance_of(tasks.TASKS["hellaswag"], documents) == 0.5
-    three = [*documents, tasks.Document((("c", " a"),) * 4, 0)]
-    assert command.chance_of(tasks.TASKS["arc_easy"], three) == pytest.approx((3 * 0.5 + 0.25) / 4)
+    six = [*documents, tasks.Document((("c", " a"),) * 4, 0)]
+    assert command.chance_of(tasks.TASKS["arc_easy"], six) == pytest.approx((5 * 0.5 + 0.25) / 6)
 
 
 def test_figures_of_last_words() -> None:
