@@ -6,7 +6,7 @@ block I of what they give to the keys of block J.
 - uniform: A[t,s] = 1 / (t + 1), every token of the past alike.
 - recency: A[t,s] proportional to 2^(−(t − s) / h), one half-life h (tokens) a depth group, fitted to training rows.
 - own block, previous block: all of it within the query's block, or on the block before.
-- the teacher's mean map: what its maps are on average over training rows, the best there is without the text.
+- the teacher's mean map: what its maps are on average over training rows, about the best without the text.
 
 Legend: B rows of the cache, G depth groups, n = T/b blocks, H half-lives tried.
 """

@@ -80,7 +80,7 @@ def attention_distance(run: Run) -> Iterator[str]:
     yield page.heading("How much of the attention was learned", 3)
     yield page.paragraph(
         f"Jensen-Shannon divergence in bits from the teacher's maps, over {content['rows']:,} held-out rows; 0 is the "
-        f"same. The teacher's mean map does not look at the text and is the best such map: what is below it was "
+        f"same. The teacher's mean map does not look at the text and is about the best such map: what is below it was "
         f"learned from content. Mean map and recency are fitted to {content['fitted_rows']:,} training rows."
     )
     groups = len(content["depth"])
