@@ -29,11 +29,11 @@ ENGINES = $(if $(GPUS),--gpus $(GPUS)) $(if $(TP),--engine.tensor_parallel $(TP)
 AGAIN = $(MAKE) --no-print-directory ARGS=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready demo test lint dump-teacher first-dump train-student eval generate inspect verify report bench chaos clean
+.PHONY: help setup ready demo test lint dump-teacher first-dump train-student eval zero-shot attention-distance generate inspect verify report bench chaos clean
 
 help: ## show this
 	@echo "make TARGET [VARIABLE=value ...]"; echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
 	@echo; printf '  %-10s %-28s %s\n' variable default meaning \
 	  DUMP '$(DUMP)' 'what to dump: a file in manifests/dumps' \
 	  STUDENT '$(STUDENT)' 'what to train: a file in manifests/students' \
@@ -81,6 +81,12 @@ train-student: first-dump ## train the student on the cache (dumped first if the
 
 eval: ready ## measure the student on held-out shards
 	$(PY) -m student.evaluate --run $(RUN) --cache $(CACHE) $(ARGS)
+
+zero-shot: ready ## ask the student questions it was not trained for: LAMBADA, HellaSwag, PIQA, ...
+	$(PY) -m student.zero_shot --run $(RUN) $(ARGS)
+
+attention-distance: ready ## how much of the teacher's attention the student learned, against baselines
+	$(PY) -m student.attention_distance --run $(RUN) --cache $(CACHE) $(ARGS)
 
 generate: ready ## let the student continue PROMPT
 	@$(PY) -m student.generate --run $(RUN) --prompt_from_env PROMPT $(ARGS)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pipeline.cache import Cache
 from pipeline.config import Place
-from pipeline.report.sources import NAMES, CacheFacts, Run, cache_facts, read_run
+from pipeline.report.results import NAMES
+from pipeline.report.sources import CacheFacts, Run, cache_facts, read_run
 
 DESCRIPTION = "Print in a few lines what a cache holds, how far a run was trained and what it measured."
 

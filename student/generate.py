@@ -24,6 +24,7 @@ from pipeline.config import parse_into
 from pipeline.errors import UserError, one_line, run_command
 from pipeline.teacher_folder import TeacherFolder
 from student.checkpoint import load_student
+from student.device import pick_device
 from student.model import DistilXLSTM
 
 
@@ -176,19 +177,6 @@ def read_prompt(options: GenerateOptions) -> str:
     if options.prompt_from_env not in os.environ:
         raise UserError(f"--prompt_from_env names {options.prompt_from_env}, which is not set in the environment")
     return os.environ[options.prompt_from_env]
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of an option; `auto` is a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is no device: use auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: there is no usable GPU here; use cpu")
-    return device
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,8 +13,9 @@ from pipeline.commit import commit_bytes
 from pipeline.config import Place
 from pipeline.errors import UserError
 from pipeline.report import page
+from pipeline.report.results import NAMES
+from pipeline.report.results_page import attention_distance, by_position, other_evaluations, zero_shot
 from pipeline.report.sources import (
-    NAMES,
     CacheFacts,
     CacheSample,
     Run,
@@ -60,7 +61,10 @@ def build(options: Options) -> str:
         *top(cache, facts, run),
         *training(cache, run, sample, options),
         *evaluation(run, options),
+        *other_evaluations(run),
+        *zero_shot(run),
         *maps(run, options),
+        *attention_distance(run),
         *dumped(cache, facts, sample),
         *configuration(cache, run),
         f"<footer>Written {time.strftime('%Y-%m-%d %H:%M')} from {options.cache} and {options.run}.</footer>",
@@ -134,6 +138,7 @@ def evaluation(run: Run, options: Options) -> Iterator[str]:
         ("unigram", "unigram", "{}"),
     ]
     yield page.facts_table([(text, form.format(figures[key])) for text, key, form in others if key in figures])
+    yield from by_position(figures)
 
 
 def evaluation_rows(figures: dict[str, object]) -> tuple[list[str], list[list[str]]]:

@@ -198,7 +198,7 @@ def attention_maps(maps: Maps, index: int) -> bytes:
         if image is not None:
             bar = figure.colorbar(image, ax=axes, shrink=0.75, aspect=24, pad=0.015)
             ticks = np.array([-1.0, -0.25, 0.0, 0.05, 0.25, 0.5, 1.0])
-            bar.set_ticks(list(_signed_root(ticks)), labels=[f"{tick:g}" for tick in ticks])
+            bar.set_ticks(list(signed_root(ticks)), labels=[f"{tick:g}" for tick in ticks])
             bar.set_label("share of attention")
             bar.outline.set_visible(False)  # type: ignore[operator]
         return png(figure)
@@ -206,7 +206,7 @@ def attention_maps(maps: Maps, index: int) -> bytes:
 
 def draw_map(ax: Axes, map_nn: np.ndarray) -> matplotlib.image.AxesImage:
     """A pooled map; blocks above the diagonal, which do not exist, are grey."""
-    shown = np.where(np.tri(len(map_nn), dtype=bool), _signed_root(map_nn), np.nan)
+    shown = np.where(np.tri(len(map_nn), dtype=bool), signed_root(map_nn), np.nan)
     ax.set_facecolor("#f0f1f3")
     return ax.imshow(np.ma.masked_invalid(shown), cmap=SHARES, vmin=-1, vmax=1, interpolation="nearest")
 
@@ -218,7 +218,8 @@ def _places(parts: Iterable[int], count: int, columns: int) -> list[int]:
     return by_depth if len(set(by_depth)) == len(numbers) else list(range(len(numbers)))
 
 
-def _signed_root(values: np.ndarray) -> np.ndarray:
+def signed_root(values: np.ndarray) -> np.ndarray:
+    """How shares are coloured: the square root shows small ones beside large ones, the sign stays."""
     return np.sign(values) * np.sqrt(np.abs(values))
 
 

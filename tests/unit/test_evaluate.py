@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_cache import toy_logits, write_toy_cache
-from helpers_student import save_checkpoint
+from helpers_run import write_run
 from torch import Tensor
 
 from pipeline.cache import Cache
@@ -21,27 +21,9 @@ from pipeline.commit import read_json
 from pipeline.errors import UserError, run_command
 from student import evaluate as command
 from student.batch import IGNORE, Batch
-from student.checkpoint import RunRecord, load_student
+from student.checkpoint import load_student
 from student.data import SplitLoader
-from student.metrics import Positions, Sums, unigram_log_probabilities
-from student.model import DistilXLSTM, StudentConfig
-from student.run_folder import copy_teacher
-
-CONFIG = StudentConfig(blocks=2, heads=4, final_norm="teacher")
-
-
-def write_run(run: Path, cache: Path) -> Path:
-    """The run folder of a student that was never trained."""
-    opened = Cache(cache)
-    teacher = opened.teacher
-    copy_teacher(teacher.path, run)
-    RunRecord(CONFIG, "teacher", opened.spec.length, opened.manifest.compat_id).write(run)
-    torch.manual_seed(1)
-    model = DistilXLSTM(CONFIG, teacher.facts, teacher.tensors(), opened.spec.length)
-    (run / "checkpoints").mkdir()
-    state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    save_checkpoint({"state_dict": state}, run / "checkpoints" / "last.ckpt")
-    return run
+from student.metrics import Positions, position_bins, unigram_log_probabilities
 
 
 @pytest.fixture(scope="module", params=["stream", "document"])
@@ -104,21 +86,100 @@ def unigram(cache: Path) -> Tensor:
     return torch.tensor(count, dtype=torch.float64).div(sum(count)).log()
 
 
-def test_full_kl_is_over_the_whole_vocabulary(folders: tuple[Path, Path]) -> None:
+class Table:
+    """A teacher whose logits are looked up: its hidden states are the logits themselves."""
+
+    vocab_size = 61
+
+    def __init__(self, batch: Batch, logits_BTV: Tensor) -> None:
+        self.given = {tuple(row.tolist()): logits_BTV[i] for i, row in enumerate(batch.input_ids_BT)}
+
+    def hidden(self, input_ids_BT: Tensor) -> Tensor:
+        return torch.stack([self.given[tuple(row.tolist())] for row in input_ids_BT])
+
+    def logits(self, h_ND: Tensor) -> Tensor:
+        return h_ND
+
+
+def test_full_kl_is_over_the_whole_vocabulary(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     run, cache = folders
+    monkeypatch.setattr("student.device.CPU_ROWS", 10)  # several chunks of a batch
     batch = whole(cache)
-    student, _ = load_student(run)
     logits_BTV = torch.from_numpy(toy_logits(cache, "heldout", 0))
-    given = {tuple(row.tolist()): logits_BTV[i] for i, row in enumerate(batch.input_ids_BT)}
-    sums = Sums(torch.zeros(61, dtype=torch.float64), torch.zeros(61, dtype=torch.int64))
-    command.measure(student, batch, sums, command.MapCollector(0, 0), lambda ids_1T: given[tuple(ids_1T[0].tolist())])
+    options = command.EvaluateOptions(str(run), str(cache), batch_rows=3, full_kl=True, out="full")
+    result = command.evaluate(options, Table(batch, logits_BTV))
     counted_BT = batch.target_BT != IGNORE
     log_q_NV = student_logits(run, batch)[counted_BT].log_softmax(-1)
     log_p_NV = logits_BTV[counted_BT].log_softmax(-1)
-    expected = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1).mean().item()
-    result = sums.result()
-    assert result["kl_full"] == pytest.approx(expected, rel=1e-5)
+    kl_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
+    assert result["kl_full"] == pytest.approx(kl_N.mean().item(), rel=1e-5)
     assert result["kl_k1"] < result["kl_full"]
+    at_N = torch.arange(batch.input_ids_BT.shape[1]).expand(counted_BT.shape)[counted_BT]
+    for row in result["by_position"]:
+        inside_N = (at_N >= row["first"]) & (at_N <= row["last"])
+        assert row["kl_full"] == pytest.approx(kl_N[inside_N].mean().item(), rel=1e-5)
+        assert row["kl_k1"] <= row["kl_full"]
+
+
+def test_positions_are_binned_by_doubling() -> None:
+    assert position_bins(1) == [(0, 0)]
+    assert position_bins(2) == [(0, 0), (1, 1)]
+    assert position_bins(16) == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15)]
+    assert position_bins(18)[-1] == (16, 17)
+    for length in range(1, 70):
+        covered = [t for first, last in position_bins(length) for t in range(first, last + 1)]
+        assert covered == list(range(length))
+
+
+def test_figures_by_position_are_means_over_their_targets(folders: tuple[Path, Path]) -> None:
+    run, cache = folders
+    found = command.evaluate(command.EvaluateOptions(str(run), str(cache), batch_rows=3))
+    batch = whole(cache)
+    counted_BT = batch.target_BT != IGNORE
+    target_BT = batch.target_BT.clamp_min(0)
+    student_BT = -student_logits(run, batch).log_softmax(-1).gather(2, target_BT[..., None]).squeeze(2)
+    teacher_BT = batch.lse_BT - batch.target_logit_BT
+    rows = found["by_position"]
+    assert sum(row["targets"] for row in rows) == found["targets"]
+    for row in rows:
+        at = (slice(None), slice(row["first"], row["last"] + 1))
+        assert row["targets"] == int(counted_BT[at].sum())
+        for name, nats_BT in (("student", student_BT), ("teacher", teacher_BT)):
+            mean = nats_BT[at][counted_BT[at]].double().mean().item()
+            assert row[f"{name}_cross_entropy"] == pytest.approx(mean, rel=1e-5)
+    for name in ("student_cross_entropy", "teacher_cross_entropy", "kl_k1"):
+        mean = sum(row[name] * row["targets"] for row in rows) / found["targets"]
+        assert found[name] == pytest.approx(mean, rel=1e-9)
+
+
+def test_another_cache_of_the_teacher_gets_files_of_its_own(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, cache = folders
+    other = write_toy_cache(tmp_path / "other", units=1, rows=3, length=16, block=8, k=4)  # other text, T and K
+    first = command.evaluate(command.EvaluateOptions(str(run), str(cache)))
+    arguments = ["--run", str(run), "--cache", str(other), "--out", "other.text"]
+    assert command.main(arguments) == 0
+    assert f"targets/s; written to {run / 'evaluation-other.text.json'}" in capsys.readouterr().out
+    assert read_json(run / "evaluation.json") == first
+    second = read_json(run / "evaluation-other.text.json")
+    assert (second["rows"], second["cache"]) == (3, str(other))
+    with np.load(run / "attention_maps-other.text.npz") as maps:
+        assert maps["teacher"].shape[-1] == 2
+    for name in ("../evaluation", "a/b", "", ".hidden", "x" * 65):
+        with pytest.raises(UserError, match="letters, digits"):
+            command.evaluate(command.EvaluateOptions(str(run), str(other), out=name))
+
+
+def test_bf16_mixed_is_near_float32_and_leaves_no_setting_behind(folders: tuple[Path, Path]) -> None:
+    run, cache = folders
+    before = torch.get_float32_matmul_precision()
+    exact = command.evaluate(command.EvaluateOptions(str(run), str(cache), maps=0))
+    mixed = command.evaluate(command.EvaluateOptions(str(run), str(cache), maps=0, precision="bf16-mixed"))
+    assert mixed["student_cross_entropy"] == pytest.approx(exact["student_cross_entropy"], abs=0.02)
+    assert mixed["student_cross_entropy"] != exact["student_cross_entropy"]
+    assert mixed["teacher_cross_entropy"] == exact["teacher_cross_entropy"]
+    assert torch.get_float32_matmul_precision() == before and not torch.is_autocast_enabled("cpu")
 
 
 def test_files_hold_what_the_table_shows(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +189,8 @@ def test_files_hold_what_the_table_shows(folders: tuple[Path, Path], capsys: pyt
     figures = read_json(run / "evaluation.json")
     assert figures["rows"] == 7 and f"{figures['student_cross_entropy']:.4f}" in shown
     assert "KL_(K+1)" in shown and "add-one smoothed" in shown
+    for row in figures["by_position"]:
+        assert f"{row['student_cross_entropy']:.4f}" in shown and f"{row['teacher_cross_entropy']:.4f}" in shown
     batch = whole(cache)
     with np.load(run / "attention_maps.npz", allow_pickle=False) as maps:
         assert set(maps) == {
@@ -192,7 +255,7 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path, capsys: pytest.Captur
         error = capsys.readouterr().err
         assert message in error and error.startswith("error: ") and error.count("\n") == 1, error
     assert not (run / "evaluation.json").exists()
-    with pytest.raises(UserError, match="must be 1 or more"):
+    with pytest.raises(UserError, match="--batch_rows must be 1 or more, found 0"):
         command.evaluate(command.EvaluateOptions(str(run), str(cache), batch_rows=0))
 
 

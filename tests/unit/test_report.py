@@ -17,7 +17,9 @@ from pipeline.__main__ import main
 from pipeline.cache import Cache
 from pipeline.commit import commit_json
 from pipeline.report import Options, build
-from pipeline.report.figures import SHARES, attention_maps, training_curves
+from pipeline.report.distance_picture import distance_picture
+from pipeline.report.figures import BLUE, ORANGE, SHARES, attention_maps, training_curves
+from pipeline.report.position_figure import position_curves
 from pipeline.report.sources import Maps, cache_facts, column_costs, positions_of, read_curves, read_run, sample_cache
 
 FIGURES = {
@@ -38,6 +40,49 @@ FIGURES = {
     "unigram": "add-one smoothed",
     "checkpoint": "last",
     "trainable_parameters": 84210000,
+    "by_position": [
+        {"first": 0, "last": 0, "targets": 9, "student_cross_entropy": 6.0, "teacher_cross_entropy": 5.0, "kl_k1": 1.0},
+        {"first": 1, "last": 1, "targets": 9, "student_cross_entropy": 4.0, "teacher_cross_entropy": 3.0, "kl_k1": 0.5},
+        {
+            "first": 2,
+            "last": 3,
+            "targets": 18,
+            "student_cross_entropy": 3.0,
+            "teacher_cross_entropy": 2.0,
+            "kl_k1": 0.4,
+        },
+    ],
+}
+ZERO_SHOT = {
+    "limit": 200,
+    "package": "some-package==1.0",
+    "tasks": {
+        "piqa": {"documents": 200, "chance": 0.5, "measure": "acc_norm"},
+        "lambada": {"documents": 200, "chance": None, "measure": "acc"},
+    },
+    "models": {
+        "student": {
+            "tasks": {
+                "piqa": {"acc_norm": 0.612, "acc_norm_stderr": 0.035},
+                "lambada": {"acc": 0.1, "acc_stderr": 0.02},
+            }
+        },
+    },
+}
+DISTANCES = {
+    "rows": 80,
+    "fitted_rows": 256,
+    "tokens_per_block": 8,
+    "depth": [
+        {
+            s: {d: {"student": 0.0707, "recency": 0.2} for d in ("jensen_shannon", "total_variation")}
+            for s in ("keep", "drop")
+        }
+    ],
+    "mean": {
+        s: {d: {"student": 0.0808, "recency": 0.2} for d in ("jensen_shannon", "total_variation")}
+        for s in ("keep", "drop")
+    },
 }
 
 
@@ -56,6 +101,13 @@ def run(tmp_path: Path) -> Path:
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     (folder / "config.yaml").write_text("data:\n  batch_rows: 4\ntrainer:\n  accumulate_grad_batches: 2\nnote: <b>&\n")
     commit_json(folder / "evaluation.json", FIGURES)
+    commit_json(folder / "evaluation-other.json", {**FIGURES, "student_cross_entropy": 4.3219, "cache": "caches/else"})
+    commit_json(folder / "zero_shot.json", ZERO_SHOT)
+    commit_json(folder / "attention_distance.json", DISTANCES)
+    panel = np.tri(3) / 3
+    (folder / "attention_distance.png").write_bytes(
+        distance_picture(["teacher", "student"], ["depth 0–100%"], [[panel, None]], [[None, None]])
+    )
     rng = np.random.default_rng(0)
     np.savez_compressed(
         folder / "attention_maps.npz",
@@ -108,7 +160,8 @@ def test_report_has_pictures_and_figures_and_needs_nothing_else(
     assert str(run / "report.html") in capsys.readouterr().out
     text = (run / "report.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert len(page.images) == 5  # curves, two sequences' maps, bytes by column, distributions
+    # curves, by position, two sequences' maps, maps beside baselines, bytes by column, distributions
+    assert len(page.images) == 7
     for picture in page.images:
         assert min(Image.open(io.BytesIO(picture)).size) > 300
     assert all(address.startswith("data:") for address in page.addresses)
@@ -117,6 +170,17 @@ def test_report_has_pictures_and_figures_and_needs_nothing_else(
         assert value in page.text, value
     manifest = Cache(cache).manifest
     for value in (manifest.compat_id, manifest.data_id, "toy words", "256 tokens in 2 shards", "heldout-00000, row 1"):
+        assert value in page.text, value
+    for value in (
+        "On other text",
+        "4.3219",
+        "caches/else",
+        "61.2 ± 3.5",
+        "10.0 ± 2.0",
+        "some-package==1.0",
+        "0.0707",
+        "0.0808",
+    ):
         assert value in page.text, value
     assert "20 optimiser steps, 5,120 tokens" in page.text
     assert "note: <b>&" in page.text and "note: <b>" not in text  # the configuration is shown, not interpreted
@@ -138,7 +202,33 @@ def test_damaged_parts_are_named_and_the_rest_is_shown(cache: Path, run: Path) -
     page = Page(build(Options(cache, run)))
     assert "evaluation.json does not match the digest" in page.text
     assert "attention_maps.npz cannot be read" in page.text
-    assert len(page.images) == 3
+    assert len(page.images) == 4
+
+
+def test_pictures_of_a_run_are_pictures(cache: Path, run: Path) -> None:
+    (run / "attention_distance.png").write_text("<svg onload=...>")
+    (run / "zero_shot.json").unlink()
+    page = Page(build(Options(cache, run)))
+    assert "attention_distance.png is no PNG of at most 16 MiB" in page.text
+    assert len(page.images) == 6 and "Zero-shot" not in page.text
+
+
+def test_curves_by_position_lie_at_their_bins() -> None:
+    """The student's curve falls from the upper left, the teacher's lies below it."""
+    picture = position_curves(FIGURES["by_position"])
+    assert picture is not None and position_curves([]) is None
+    image = np.asarray(Image.open(io.BytesIO(picture)))[..., :3].astype(int)
+    image = image[:, : image.shape[1] // 2]
+    height = {}
+    for name, colour in (("student", BLUE), ("teacher", ORANGE)):
+        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+        rows, columns = np.nonzero((np.abs(image - rgb) < 3).all(-1))
+        inside = columns < image.shape[1] * 0.7  # not the legend
+        rows, columns = rows[inside], columns[inside]
+        assert len(rows) > 500
+        height[name] = rows.mean()
+        assert rows[columns < np.median(columns)].mean() < rows[columns > np.median(columns)].mean()
+    assert height["student"] < height["teacher"]  # rows count from above
 
 
 def test_cache_whose_dump_has_just_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

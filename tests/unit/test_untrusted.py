@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from pipeline.commit import commit_json, file_sha256, read_json
 from pipeline.errors import UserError
 from pipeline.folder_checks import find_missing
 from pipeline.manifest import read_manifest
+from pipeline.report.results import Measured
 from pipeline.report.sources import read_run
 from pipeline.schema import MOST_GROUP_BYTES, MOST_ROW_BYTES
 from pipeline.shard import DamagedShard, read_record
@@ -407,6 +409,24 @@ def test_run_of_a_stranger_in_the_report(tmp_path: Path) -> None:
     assert len(found.problems) == 3 and "rows is 'many'" in found.problems[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("evaluation.json", {"by_position": [{"first": 0}] * 65}, "by_position is .* not a list of at most 64"),
+        ("evaluation.json", {"by_position": [{"first": -1, "last": 0}]}, "first is -1, not an integer from 0"),
+        ("evaluation-a.json", {"student_cross_entropy": "low"}, "student_cross_entropy is 'low'"),
+        ("zero_shot.json", {"limit": None, "package": "p", "tasks": {"a": 1}, "models": {}}, "a is 1, not an object"),
+        ("zero_shot.json", {"limit": None, "package": "p", "tasks": {"a" * 65: {}}, "models": {}}, "long names"),
+        ("attention_distance.json", {"rows": 1, "fitted_rows": 1, "tokens_per_block": 1, "depth": [{}]}, "lacks the"),
+    ],
+)
+def test_figures_of_a_stranger_in_the_report(tmp_path: Path, name: str, content: dict[str, Any], message: str) -> None:
+    commit_json(tmp_path / name, content)
+    found = read_run(tmp_path)
+    assert found.evaluation is None and found.measured == Measured()
+    assert len(found.problems) == 1 and re.search(message, found.problems[0]), found.problems
+
+
 def test_arrays_that_claim_more_than_there_is(tmp_path: Path) -> None:
     np.savez(tmp_path / "attention_maps.npz", teacher=np.zeros(4))
     data = (tmp_path / "attention_maps.npz").read_bytes()
@@ -417,8 +437,12 @@ def test_arrays_that_claim_more_than_there_is(tmp_path: Path) -> None:
 # Nothing is run
 
 MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
-REVIEWED = {("teacher_dump/ray_engine.py", "pickle.loads")}
-"""What a driver of ours has just pickled for its own worker."""
+REVIEWED = {
+    ("teacher_dump/ray_engine.py", "pickle.loads"),
+    ("student/hugging_face.py", "AutoModelForCausalLM.from_pretrained"),
+}
+"""What a driver of ours has just pickled for its own worker; code of a model where the user says --trust_remote_code
+(tests/unit/test_hugging_face.py)."""
 
 
 def unsafe_calls(path: Path) -> set[str]:

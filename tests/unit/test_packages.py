@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from teacher_dump.embedded.packages import PackageFile, exclusive, fetch
+from pipeline.packages import PackageFile, exclusive, fetch
 
 WHEEL = "tiny_thing-1.0-py3-none-any.whl"
 
