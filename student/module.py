@@ -252,7 +252,7 @@ class DistillModule(LightningModule):
         loss = sums.total / count
         logged = {"train/ce": sums.ce / count}
         if alpha > 0:
-            logged["train/kl_k1"] = sums.kl_k1 / count
+            logged["train/kl_k1"] = sums.kl / count
         length = batch.input_ids_BT.shape[1]
         if config.beta > 0:
             assert batch.hidden_BWD is not None
@@ -326,7 +326,7 @@ class DistillModule(LightningModule):
         h_BTD, _ = self._forward(batch)
         sums = self._kd(batch, h_BTD, 1.0, 1.0, 1.0)
         count = (batch.target_BT != IGNORE).sum()
-        self._heldout.append(torch.stack((sums.ce, sums.kl_k1, count.to(sums.ce.dtype))).double())
+        self._heldout.append(torch.stack((sums.ce, sums.kl, count.to(sums.ce.dtype))).double())
 
     def on_validation_epoch_end(self) -> None:
         if self._heldout:
