@@ -121,7 +121,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 def heldout(cache: Cache, options: EvaluateOptions) -> Iterator[Batch]:
     """Held-out batches, at most `max_rows` rows."""
     left = options.max_rows if options.max_rows is not None else sys.maxsize
-    for batch in SplitLoader([cache], "heldout", options.batch_rows):
+    wanted = ("attn_map",) if options.maps else ()
+    for batch in SplitLoader([cache], "heldout", options.batch_rows, optional=wanted):
         if left <= 0:
             return
         yield batch if len(batch.length_B) <= left else first_rows(batch, left)
