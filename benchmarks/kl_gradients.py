@@ -181,7 +181,7 @@ def main(words: list[str] | None = None) -> int:
     options.add_argument("--rows", type=int, default=4, help=f"rows of {ROW_TOKENS} tokens")
     options.add_argument("--ks", nargs="+", type=int, default=[16, 64, 128])
     options.add_argument("--taus", nargs="+", type=float, default=[1.0, 1.5, 2.0])
-    options.add_argument("--draws", nargs="+", type=int, default=[4, 16, 64])
+    options.add_argument("--draws", nargs="+", type=int, default=[16])
     options.add_argument("--repeats", type=int, default=3, help="draws of all positions, to tell bias from noise")
     options.add_argument("--results", type=Path, default=RESULTS, help="folder of kl_gradients.json")
     arguments = options.parse_args(words)
