@@ -1,5 +1,7 @@
 """A cache of a smaller K from one of a larger K, exactly: the first k of every position, the rest moved to the tail.
 
+What `--data.k` does to batches (`student/cache_view.py`), on the columns of a shard.
+
 Legend: R rows, T tokens a row, K ids kept before and k after, S temperatures, D = K - k dropped.
 """
 
@@ -8,9 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from pipeline.schema import CacheSpec
 from pipeline.shard import Columns
+from student.cache_view import tail_with
 
 
 def with_smaller_k(columns: Columns, spec: CacheSpec, k: int) -> tuple[Columns, CacheSpec]:
@@ -30,18 +34,11 @@ def with_smaller_k(columns: Columns, spec: CacheSpec, k: int) -> tuple[Columns, 
         raise ValueError(f"k={k} cannot be cut from K={spec.k}")
     narrow = {name: values for name, values in columns.items() if name not in ("tail_ids", "tail_logits")}
     if k < spec.k:
-        taus_S = np.array(spec.taus)
         tail_RTS = np.empty_like(columns["log_tail"])
         for row, dropped_TD in enumerate(columns["topk_logits"][..., k:]):  # row by row: the sums are float64
-            scaled_TDS = dropped_TD[..., None].astype(np.float64) / taus_S
-            tail_RTS[row] = _log_sum(scaled_TDS, columns["log_tail"][row].astype(np.float64))
+            stored_TS = torch.from_numpy(columns["log_tail"][row])
+            tail_RTS[row] = tail_with(torch.from_numpy(dropped_TD), stored_TS, spec.taus).numpy()
         narrow["topk_ids"] = np.ascontiguousarray(columns["topk_ids"][..., :k])
         narrow["topk_logits"] = np.ascontiguousarray(columns["topk_logits"][..., :k])
         narrow["log_tail"] = tail_RTS
     return narrow, replace(spec, k=k, tail_samples=0)
-
-
-def _log_sum(scaled_TDS: np.ndarray, tail_TS: np.ndarray) -> np.ndarray:
-    """log(sum over D of exp(scaled) + exp(tail)); NaN where a position is padding."""
-    top_TS = np.maximum(scaled_TDS.max(axis=1), tail_TS)  # dropped logits are finite, so the maximum is
-    return top_TS + np.log(np.exp(scaled_TDS - top_TS[:, None]).sum(axis=1) + np.exp(tail_TS - top_TS))

@@ -18,7 +18,7 @@ IGNORE = -100
 
 @dataclass
 class Batch:
-    """Tensors of B rows. Optional ones are None where the cache does not hold the column."""
+    """Tensors of B rows. Optional ones are None where the cache does not hold the column, or nobody asked for it."""
 
     sequence_id_B: Tensor  # int64; stays on the CPU, where messages name it
     length_B: Tensor  # int64, valid tokens
@@ -32,6 +32,8 @@ class Batch:
     log_tail_BTR: Tensor  # float32, one column per temperature of `taus`
     attn_map_BGnn: Tensor | None = None  # float32
     hidden_BWD: Tensor | None = None  # float32
+    tail_ids_BTM: Tensor | None = None  # int32, drawn from the tail with replacement
+    tail_logits_BTM: Tensor | None = None  # float32, NaN on padding
     taus: tuple[float, ...] = (1.0,)
     tokens: int = 0  # valid ones of all rows
 

@@ -169,7 +169,8 @@ class LogLines(Callback):
             return
         self._step = step
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if isinstance(v, torch.Tensor)}
-        shown = [name for name in ("loss", "ce", "kl_k1") if f"train/{name}" in metrics]
+        terms = ("loss", "ce", "kl_k1", "kl_renormalised", "kl_sampled")
+        shown = [name for name in terms if f"train/{name}" in metrics]
         named = [f"{name} {metrics[f'train/{name}']:.3f}" for name in shown]
         left = (self.total_steps - step) * (time.monotonic() - self._since) / max(1, step - self._first)
         speed = f"{metrics.get('tokens_per_second', 0.0):.0f} tokens/s"

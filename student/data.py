@@ -7,7 +7,7 @@ of ranks nor of threads enters; a rank takes its rows of every global batch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from pipeline.schema import CacheSpec
 from pipeline.store import is_remote, open_path
 from pipeline.teacher_folder import TeacherFolder
 from student.batch import Batch
-from student.group_reader import GroupReader
+from student.cache_view import CacheView
+from student.group_reader import USUAL, GroupReader
 from student.identity import RunCache, Teaching, require_same_teacher
 from student.order import RowGroups, epoch_rows
 from student.ranks import require_equal_shares, share_of
@@ -42,14 +43,22 @@ class TrainLoader:
     """
 
     def __init__(
-        self, caches: Sequence[Cache], batch_rows: int, seed: int, window: int, rank: int = 0, ranks: int = 1
+        self,
+        caches: Sequence[Cache],
+        batch_rows: int,
+        seed: int,
+        window: int,
+        rank: int = 0,
+        ranks: int = 1,
+        optional: Collection[str] = USUAL,
     ) -> None:
         self.batch_rows, self.seed, self.window, self.rank, self.ranks = batch_rows, seed, window, rank, ranks
         self.groups = [RowGroups(cache.shards("train"), cache.spec.rows_per_group) for cache in caches]
         spans = [-(-batch_rows // groups.size) for groups in self.groups]  # groups that a batch's rows come and go in
         self.ahead = [GROUPS_AHEAD * groups.size // batch_rows + 1 for groups in self.groups]
         self.readers = [
-            GroupReader(c, g, window + 1 + span) for c, g, span in zip(caches, self.groups, spans, strict=True)
+            GroupReader(c, g, window + 1 + span, optional)
+            for c, g, span in zip(caches, self.groups, spans, strict=True)
         ]
         self.batches = [groups.rows // batch_rows for groups in self.groups]
         self.epoch = 0
@@ -105,8 +114,17 @@ class SplitLoader:
     no targets, which counts for nothing: all ranks take as many steps.
     """
 
-    def __init__(self, caches: Sequence[Cache], split: str, batch_rows: int, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        caches: Sequence[Cache],
+        split: str,
+        batch_rows: int,
+        rank: int = 0,
+        ranks: int = 1,
+        optional: Collection[str] = USUAL,
+    ) -> None:
         self.caches, self.split, self.batch_rows, self.rank, self.ranks = caches, split, batch_rows, rank, ranks
+        self.optional = optional
 
     def __len__(self) -> int:
         return sum(
@@ -115,7 +133,7 @@ class SplitLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for cache, groups in self._groups():
-            reader = GroupReader(cache, groups, keep=1)
+            reader = GroupReader(cache, groups, 1, self.optional)
             for index in range(len(groups)):
                 reader.will_need(range(index, min(index + 2, len(groups))))
                 rows = groups.rows_of(index)
@@ -144,9 +162,14 @@ class CacheDataModule(LightningDataModule):
         local_copies: folder on a local disk for what is read of a cache on an object store; None: `distil-xlstm/parts`
             in the user's cache folder.
         local_copies_gb: size of that folder at most, in GB; 0 keeps nothing.
+        k: train on the first so many ids of every position, the others' mass in the tail, as if the dump had kept no
+            more; null: the cache's K. Held-out rows keep it.
+        hidden_window: train on hidden states averaged over windows of so many tokens, a multiple of the cache's; null:
+            the cache's.
 
     Raises:
-        UserError: no such cache, caches of different teachers, no committed shard, or a batch larger than the cache.
+        UserError: no such cache, caches of different teachers, no committed shard, a batch larger than the cache, or a
+            k or hidden_window that it cannot give.
     """
 
     def __init__(
@@ -157,6 +180,8 @@ class CacheDataModule(LightningDataModule):
         window_groups: int = 16,
         local_copies: str | None = None,
         local_copies_gb: float = 50.0,
+        k: int | None = None,
+        hidden_window: int | None = None,
     ) -> None:
         super().__init__()
         paths = [cache] if isinstance(cache, str) else list(cache)
@@ -172,9 +197,11 @@ class CacheDataModule(LightningDataModule):
             copies = LocalCopies(Path(local_copies or default_folder() / "parts"), int(local_copies_gb * 1e9))
         self.caches = [RunCache(path, copies) for path in paths]
         self.batch_rows, self.seed, self.window_groups = batch_rows, seed, window_groups
+        self.view, self.optional = CacheView(k, hidden_window), tuple(USUAL)
         for other in self.caches[1:]:
             require_same_teacher(Teaching.of(other), Teaching.of(self.caches[0]), "Only caches of one train together")
         for opened in self.caches:
+            self.view.check(opened.spec, opened.path)
             rows = int(opened.shards("train").rows.sum())
             if rows < batch_rows:
                 raise UserError(
@@ -221,8 +248,14 @@ class CacheDataModule(LightningDataModule):
         return all(spec.window > 0 for spec in self.specs)
 
     @property
-    def hidden_window(self) -> int:
-        return self.specs[0].window
+    def tail_samples(self) -> int:
+        """M, draws of every position's tail; 0 if a cache has none."""
+        return min(spec.tail_samples for spec in self.specs)
+
+    @property
+    def keeps_k(self) -> bool:
+        """Whether all stored ids are trained on."""
+        return self.view.k is None or all(spec.k == self.view.k for spec in self.specs)
 
     @property
     def pool_block(self) -> int:
@@ -242,14 +275,22 @@ class CacheDataModule(LightningDataModule):
     def steps_per_epoch(self) -> int:
         return sum(int(cache.shards("train").rows.sum()) // self.batch_rows for cache in self.caches)
 
+    def read_only(self, optional: Collection[str]) -> None:
+        """Of the optional columns, read these for training and no others; `group_reader.OPTIONAL` lists them."""
+        self.optional = tuple(optional)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """A training batch as it is trained on, made where the student is: on a GPU that takes next to no time."""
+        return self.view.of(batch) if self.trainer is not None and self.trainer.training else batch
+
     def train_dataloader(self) -> Any:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         require_equal_shares(self.batch_rows, ranks)
-        return TrainLoader(self.caches, self.batch_rows, self.seed, self.window_groups, rank, ranks)
+        return TrainLoader(self.caches, self.batch_rows, self.seed, self.window_groups, rank, ranks, self.optional)
 
     def val_dataloader(self) -> Any:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return SplitLoader(self.caches, "heldout", self.batch_rows, rank, ranks)
+        return SplitLoader(self.caches, "heldout", self.batch_rows, rank, ranks, optional=())
 
     def heldout_batches(self, batch_rows: int) -> Iterator[Batch]:
         """Held-out rows in stored order."""

@@ -176,12 +176,14 @@ def files_of(options: EvaluateOptions) -> tuple[Path, Path]:
     return Path(options.run) / f"evaluation{end}.json", Path(options.run) / f"attention_maps{end}.npz"
 
 
-def heldout(cache: Cache, rows_at_once: int, max_rows: int | None, pin: bool = False) -> Iterator[Batch]:
+def heldout(
+    cache: Cache, rows_at_once: int, max_rows: int | None, pin: bool = False, maps: bool = True
+) -> Iterator[Batch]:
     """Held-out batches, at most `max_rows` rows, read ahead; in pinned memory where they go to a GPU."""
 
     def make() -> Iterator[Batch]:
         left = max_rows if max_rows is not None else sys.maxsize
-        for batch in SplitLoader([cache], "heldout", rows_at_once):
+        for batch in SplitLoader([cache], "heldout", rows_at_once, optional=("attn_map",) if maps else ()):
             batch = batch if len(batch.length_B) <= left else first_rows(batch, left)
             yield batch.pin_memory() if pin else batch
             left -= len(batch.length_B)

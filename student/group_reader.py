@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -17,6 +17,10 @@ from pipeline.store import is_remote
 from student.batch import IGNORE, Batch
 from student.order import RowGroups
 
+OPTIONAL = ("attn_map", "hidden", "tail_ids", "tail_logits")
+"""Columns that only some losses want: reading one that nobody looks at costs what reading it costs."""
+USUAL = ("attn_map", "hidden")
+"""Those that are read unless others are asked for."""
 THREADS = 2
 """Decoding releases Python's lock; one thread reads some 0.4 million tokens a second at K=64."""
 THREADS_REMOTE = 4
@@ -30,10 +34,13 @@ class GroupReader:
         cache: the cache.
         groups: its row groups.
         keep: groups that are kept decoded besides those asked for ahead.
+        optional: which of the columns `OPTIONAL` are read, where the cache holds them.
     """
 
-    def __init__(self, cache: Cache, groups: RowGroups, keep: int) -> None:
+    def __init__(self, cache: Cache, groups: RowGroups, keep: int, optional: Collection[str] = USUAL) -> None:
         self.cache, self.groups = cache, groups
+        shaped = [name for name in cache.spec.shapes() if name not in OPTIONAL or name in optional]
+        self.columns = ["sequence_id", "length", "next_id", *shaped]
         self.threads = THREADS_REMOTE if is_remote(cache.path) else THREADS
         self.keep = keep + self.threads
         self._decoded: OrderedDict[int, Columns] = OrderedDict()
@@ -66,14 +73,13 @@ class GroupReader:
 
     def _decode(self, index: int) -> Columns:
         number, rows = self.groups.find(index)[1], self.groups.rows_of(index)
-        columns = ["sequence_id", "length", "next_id", *self.cache.spec.shapes()]
         with self.cache.open(self.groups.shard(index)) as shard:
             if shard.group_rows[number : number + 1] != [rows]:
                 raise DamagedShard(
                     f"{shard.path}: its row groups hold {shard.group_rows} rows, not {rows} at number {number}: "
                     "another version wrote it; dump the cache again"
                 )
-            values = shard.read_group(number, [c for c in columns if not c.startswith("tail_")])
+            values = shard.read_group(number, self.columns)
         check_indices(values, self.cache.spec, f"{shard.path}: row group {number}")
         return values
 
@@ -112,6 +118,8 @@ def to_batch(columns: Columns, spec: CacheSpec) -> Batch:
         log_tail_BTR=torch.from_numpy(columns["log_tail"]),
         attn_map_BGnn=torch.from_numpy(columns["attn_map"].astype(np.float32)) if "attn_map" in columns else None,
         hidden_BWD=torch.from_numpy(columns["hidden"]) if "hidden" in columns else None,
+        tail_ids_BTM=torch.from_numpy(columns["tail_ids"].astype(np.int32)) if "tail_ids" in columns else None,
+        tail_logits_BTM=torch.from_numpy(columns["tail_logits"]) if "tail_logits" in columns else None,
         taus=spec.taus,
         tokens=int(length_B.sum()),
     )

@@ -1,10 +1,10 @@
 """Training as a LightningModule: the loss put together, schedules, optimiser, checkpoints that refuse another teacher.
 
-    L = (1 - alpha - beta) CE + alpha tau^2 KL_{K+1} + beta L_F + gamma L_A
+    L = (1 - alpha - beta) CE + alpha tau^2 KL + beta L_F + gamma L_A
 
-CE and KL_{K+1} are averaged over the targets of the whole batch (over all ranks); a position without a target counts
-in neither. The model is built in `configure_model` from the data module's teacher, so that a checkpoint holds trained
-weights only.
+CE and KL (which one, `LossConfig.kl` says) are averaged over the targets of the whole batch (over all ranks); a
+position without a target counts in neither. The model is built in `configure_model` from the data module's teacher, so
+that a checkpoint holds trained weights only.
 
 Legend: B rows, T tokens, N = B*T positions, D width, W windows, n pooling blocks.
 """
@@ -26,19 +26,22 @@ from pipeline.errors import UserError
 from student.batch import IGNORE, Batch
 from student.finite import FiniteWatch
 from student.identity import Teaching, require_same_teacher
-from student.losses.attention import Sign, Sinks, attention_alignment
-from student.losses.frobenius import frobenius, require_hidden
-from student.losses.fused import Head, KDSums, TeacherTopK, fused_kd_sums
-from student.losses.sparse_kd import interpolation_weights, log_tail_at
+from student.loss_config import LossConfig
+from student.losses.attention import attention_alignment
+from student.losses.frobenius import frobenius
+from student.losses.fused import Head, KDSums, TailDraws, TeacherTopK, fused_kd_sums
+from student.losses.sparse_kd import Divergence, log_tail_at
 from student.model import DistilXLSTM, StudentConfig
 from student.ranks import over_ranks
-from student.schedule import DeltaSchedule, StepCounter
+from student.schedule import StepCounter
 from student.sharding import ShardedStrategy, shard, whole
 
 METRICS = (
     "train/loss",
     "train/ce",
     "train/kl_k1",
+    "train/kl_renormalised",
+    "train/kl_sampled",
     "train/frobenius",
     "train/attention",
     "alpha",
@@ -49,75 +52,14 @@ METRICS = (
     "val/ce",
     "val/kl_k1",
 )
-"""Everything that training logs; losses in nats, the terms without their coefficients, val/kl_k1 at tau 1."""
+"""Everything that training logs; losses in nats, the terms without their coefficients. Of the train/kl_* there is the
+one that is trained on; val/kl_k1 is at tau 1 and over the ids that the cache holds, whatever is trained on."""
 
-
-@dataclass(frozen=True)
-class LossConfig:
-    """L = (1 - alpha - beta) CE + alpha tau^2 KL_{K+1} + beta L_F + gamma L_A."""
-
-    alpha_start: float = 0.8
-    """Weight of KL_{K+1} at the first step of the first epoch; 0 switches the term off."""
-    alpha_end: float = 0.5
-    """Weight of KL_{K+1} that it falls towards."""
-    tau_start: float = 2.0
-    """Temperature of both distributions at the first step of the first epoch; within the cache's stored range."""
-    tau_end: float = 1.0
-    """Temperature that it falls towards."""
-    delta: float | None = 0.05
-    """Delta-distillation: what each epoch takes off the starting alpha and tau; null: both stay at their start."""
-    beta: float = 0.1
-    """Weight of the Frobenius term on hidden states; needs a cache with `hidden`. 0 switches it off."""
-    gamma: float = 0.0
-    """Weight of the attention alignment; needs a cache with `attn_map` and an mLSTM block. 0 switches it off."""
-    attention_sign: Sign = "signed"
-    """Negative entries of the implicit attention: compared as they are, or by magnitude."""
-    attention_sinks: Sinks = "keep"
-    """The first key block, where attention parks: compared, or dropped before rows are normalised."""
-    attention_normalise_rows: bool = True
-    """Compare the shape of rows only: each row of both maps is divided by the sum of its magnitudes."""
-    chunk_rows: int = 512
-    """Tokens whose logits exist at one time."""
-
-    def alpha(self) -> DeltaSchedule:
-        return DeltaSchedule(self.alpha_start, self.alpha_end, self.delta)
-
-    def tau(self) -> DeltaSchedule:
-        return DeltaSchedule(self.tau_start, self.tau_end, self.delta)
-
-    def check(self, taus: tuple[float, ...], has_hidden: bool, has_maps: bool, mlstm_blocks: int) -> None:
-        """Raise UserError naming the option that the cache or the student cannot serve."""
-        for name, start, end in (("alpha", self.alpha_start, self.alpha_end), ("tau", self.tau_start, self.tau_end)):
-            if self.delta is not None and (self.delta < 0 or start < end):
-                raise UserError(
-                    f"--model.loss.{name}_start {start} must not be below --model.loss.{name}_end {end}, and "
-                    f"--model.loss.delta {self.delta} not below 0: the schedule falls"
-                )
-        if self.alpha_end < 0 or self.beta < 0 or self.gamma < 0 or self.alpha_start + self.beta > 1:
-            raise UserError(
-                f"--model.loss: alpha_start {self.alpha_start} + beta {self.beta} must be at most 1 and no weight "
-                "negative, for the cross-entropy gets what they leave"
-            )
-        if self.alpha_start > 0:
-            for name, tau in (("tau_start", self.tau_start), ("tau_end", self.tau_end)):
-                try:
-                    interpolation_weights(taus, tau)
-                except ValueError:
-                    raise UserError(
-                        f"--model.loss.{name} is {tau}, but the cache stores tails for tau {min(taus)} to {max(taus)}: "
-                        "choose one in that range, or dump the cache again with others"
-                    ) from None
-        require_hidden(self.beta, has_hidden)
-        if self.gamma > 0 and not has_maps:
-            raise UserError(
-                f"--model.loss.gamma is {self.gamma}, but the cache has no column `attn_map`: set it to 0, or dump the "
-                "cache again with a pooling block"
-            )
-        if self.gamma > 0 and not mlstm_blocks:
-            raise UserError(
-                f"--model.loss.gamma is {self.gamma}, but the student has no mLSTM block to align: set it to 0, or "
-                "change --model.student.slstm_at"
-            )
+KL_METRIC: dict[Divergence, str] = {
+    "tail": "train/kl_k1",
+    "renormalised": "train/kl_renormalised",
+    "sampled": "train/kl_sampled",
+}
 
 
 @dataclass(frozen=True)
@@ -180,7 +122,9 @@ class DistillModule(LightningModule):
     def _built(self) -> DistilXLSTM:
         data = self._data
         student = DistilXLSTM(self.student, data.teacher.facts, data.teacher.tensors(), data.max_length)
-        self.loss.check(data.taus, data.has_hidden, data.pool_block > 0, len(student.mlstm_blocks))
+        draws = data.tail_samples if data.keeps_k else None
+        self.loss.check(data.taus, data.has_hidden, data.pool_block > 0, len(student.mlstm_blocks), draws)
+        data.read_only(self.loss.columns())
         # Frozen and read by every rank from the same file: DDP would send them round before each step.
         frozen = [f"model.{name}" for name, _ in student.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
@@ -248,11 +192,12 @@ class DistillModule(LightningModule):
         self._batch_ids = batch.sequence_id_B.tolist()
         h_BTD, maps = self._forward(batch, with_maps=config.gamma > 0)
         count = self._mean_over_ranks((batch.target_BT != IGNORE).sum()).clamp_min(1)
-        sums = self._kd(batch, h_BTD, 1 - alpha - config.beta, alpha * tau**2, tau)
+        weight_ce = max(0.0, 1 - alpha - config.beta)  # rounding
+        sums = self._kd(batch, h_BTD, weight_ce, alpha * tau**2, tau, config.kl)
         loss = sums.total / count
         logged = {"train/ce": sums.ce / count}
         if alpha > 0:
-            logged["train/kl_k1"] = sums.kl_k1 / count
+            logged[KL_METRIC[config.kl]] = sums.kl / count
         length = batch.input_ids_BT.shape[1]
         if config.beta > 0:
             assert batch.hidden_BWD is not None
@@ -326,7 +271,7 @@ class DistillModule(LightningModule):
         h_BTD, _ = self._forward(batch)
         sums = self._kd(batch, h_BTD, 1.0, 1.0, 1.0)
         count = (batch.target_BT != IGNORE).sum()
-        self._heldout.append(torch.stack((sums.ce, sums.kl_k1, count.to(sums.ce.dtype))).double())
+        self._heldout.append(torch.stack((sums.ce, sums.kl, count.to(sums.ce.dtype))).double())
 
     def on_validation_epoch_end(self) -> None:
         if self._heldout:
@@ -362,23 +307,27 @@ class DistillModule(LightningModule):
         output = self.model(batch.input_ids_BT, map_block=block)
         return output.h_BTD, output.maps
 
-    def _kd(self, batch: Batch, h_BTD: Tensor, weight_ce: float, weight_kl: float, tau: float) -> KDSums:
+    def _kd(
+        self,
+        batch: Batch,
+        h_BTD: Tensor,
+        weight_ce: float,
+        weight_kl: float,
+        tau: float,
+        kl: Divergence = "tail",
+    ) -> KDSums:
         assert self.model is not None
         facts = self.model.facts
-        log_tail_BT = batch.log_tail_BTR[..., 0] if weight_kl == 0 else log_tail_at(batch.log_tail_BTR, batch.taus, tau)
-        topk_ids_NK, topk_logits_NK = batch.topk_ids_BTK.flatten(0, 1), batch.topk_logits_BTK.flatten(0, 1)
-        if not topk_ids_NK.is_cuda:  # the GPU's kernel reads int32, torch's gather does not
-            topk_ids_NK = topk_ids_NK.long()
-        teacher = TeacherTopK(topk_ids_NK, topk_logits_NK, log_tail_BT.flatten())
         return fused_kd_sums(
             h_BTD.flatten(0, 1),
             Head(self.model.head_VD, facts.logit_scale, facts.soft_cap),
             batch.target_BT.flatten(),
-            teacher,
+            _teacher(batch, tau, kl if weight_kl else None),
             weight_ce,
             weight_kl,
             tau,
             self.loss.chunk_rows,
+            kl=kl,
         )
 
     def _mean_over_ranks(self, count: Tensor) -> Tensor:
@@ -397,6 +346,23 @@ class DistillModule(LightningModule):
             return values
         means = over_ranks(torch.stack([value.detach().float() for value in values.values()])) / self.trainer.world_size
         return dict(zip(values, means.unbind(), strict=True))
+
+
+def _teacher(batch: Batch, tau: float, kl: Divergence | None) -> TeacherTopK:
+    """What the divergence `kl` compares with, of all positions; None: nothing will be looked at."""
+
+    def indices(ids_BTX: Tensor) -> Tensor:
+        return ids_BTX.flatten(0, 1) if ids_BTX.is_cuda else ids_BTX.flatten(0, 1).long()  # torch's gather wants int64
+
+    tails_BTR, draws = batch.log_tail_BTR, None
+    if kl == "sampled":
+        assert batch.tail_ids_BTM is not None and batch.tail_logits_BTM is not None
+        log_tail_1_BT = log_tail_at(tails_BTR, batch.taus, 1.0)
+        draws = TailDraws(indices(batch.tail_ids_BTM), batch.tail_logits_BTM.flatten(0, 1), log_tail_1_BT.flatten())
+    looked_at = kl in ("tail", "sampled")
+    log_tail_BT = log_tail_at(tails_BTR, batch.taus, tau) if looked_at else tails_BTR[..., 0]
+    top = indices(batch.topk_ids_BTK), batch.topk_logits_BTK.flatten(0, 1)
+    return TeacherTopK(*top, log_tail_BT.flatten(), draws)
 
 
 def _on_host(value: float) -> Tensor:

@@ -39,6 +39,9 @@ FIXED_TRAINER_OPTIONS = (
 )
 """Trainer options that a run's result depends on; the others (devices, logging, ...) may change between sittings."""
 
+ADDED_SINCE = {"model.loss.kl": "tail"}
+"""Options that earlier versions did not have -> what those did: a run of theirs can go on."""
+
 
 def copy_teacher(source: Path, run: Path) -> None:
     """Put the teacher folder into the run, file by file, `teacher.json` last so that it is there only when all is."""
@@ -70,7 +73,7 @@ def check_same_settings(run: Path, config: dict[str, Any]) -> None:
         UserError: names every option that differs, with both values.
     """
     started = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    before, now = _fixed(started), _fixed(config)
+    before, now = ADDED_SINCE | _fixed(started), _fixed(config)
     names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     differing = [f"--{name} was {before.get(name)}, is {now.get(name)}" for name in names]
     if differing:
@@ -148,12 +151,13 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def _prepare(self, resume_step: int) -> None:
+        header = ["step", "seconds", *self.columns]
         kept: list[list[str]] = []
         if self.path.is_file() and resume_step:
             with open(self.path, newline="", encoding="utf-8") as file:
-                rows = list(csv.reader(file))[1:]
-            kept = [row for row in rows if len(row) == 2 + len(self.columns) and int(row[0]) <= resume_step]
-        header = ["step", "seconds", *self.columns]
+                names, *rows = list(csv.reader(file)) or [[]]
+            whole = [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
+            kept = [[row.get(name, "") for name in header] for row in whole if int(row["step"]) <= resume_step]
         lines = "".join(",".join(row) + "\n" for row in [header, *kept])
         commit_bytes(self.path, lines.encode())
 

@@ -58,7 +58,12 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str, str], ...], str], ...] = (
     ("Cross-entropy", (("train/ce", "train", BLUE), ("val/ce", "held-out", VERMILLION)), "nats per token"),
     (
         "KL$_{K+1}$ to the teacher",
-        (("train/kl_k1", "train, at the step's τ", BLUE), ("val/kl_k1", "held-out, τ = 1", VERMILLION)),
+        (
+            ("train/kl_k1", "train, at the step's τ", BLUE),
+            ("train/kl_renormalised", "train, renormalised over K", GREEN),
+            ("train/kl_sampled", "train, with draws from the tail", GREEN),
+            ("val/kl_k1", "held-out, τ = 1", VERMILLION),
+        ),
         "nats per token",
     ),
     ("Frobenius term", (("train/frobenius", "train", BLUE),), "per element"),

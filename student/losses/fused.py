@@ -1,9 +1,9 @@
-"""Head, cross-entropy, KL_{K+1} and the gradient to the hidden state in one pass over chunks of tokens.
+"""Head, cross-entropy, a divergence and the gradient to the hidden state in one pass over chunks of tokens.
 
 The frozen head needs no weight gradient, so each chunk's logits die as soon as their gradient has been multiplied back:
 N x V never exists. `sparse_kd.py` is the same in plain PyTorch; on a GPU `fused_triton.py` does the work of `_chunk`.
 
-Legend: N positions, V vocabulary, D width, K top-k ids; C rows of one chunk.
+Legend: N positions, V vocabulary, D width, K top-k ids, M draws from the tail; C rows of one chunk.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from student.batch import IGNORE
+from student.losses.sparse_kd import Divergence, draw_weights
 
 _CPU_BLOCK_ROWS = 8
 
@@ -30,24 +31,44 @@ class Head:
 
 
 @dataclass(frozen=True)
+class TailDraws:
+    """M ids drawn from the teacher's tail at tau 1, with replacement; their logits and log_tail at tau 1."""
+
+    ids_NM: Tensor
+    logits_NM: Tensor
+    log_tail_1_N: Tensor
+
+
+@dataclass(frozen=True)
 class TeacherTopK:
-    """The teacher at N positions: K ids, their logits at tau 1, and log_tail at the temperature of the loss."""
+    """The teacher at N positions: K ids, their logits at tau 1, and log_tail at the temperature of the loss.
+
+    `draws` are needed by the divergence `sampled`; `renormalised` does not read `log_tail_N`.
+    """
 
     ids_NK: Tensor
     logits_NK: Tensor
     log_tail_N: Tensor
+    draws: TailDraws | None = None
+
+    def at(self, index: Tensor | slice) -> TeacherTopK:
+        """Some of the positions."""
+        draws = self.draws
+        if draws is not None:
+            draws = TailDraws(draws.ids_NM[index], draws.logits_NM[index], draws.log_tail_1_N[index])
+        return TeacherTopK(self.ids_NK[index], self.logits_NK[index], self.log_tail_N[index], draws)
 
 
 @dataclass(frozen=True)
 class KDSums:
     """Sums over positions that have a target, in nats. Only `total` carries a gradient.
 
-    `kl_k1` is the plain divergence, without tau^2; it is NaN where the call computed none (weight 0).
+    `kl` is the plain divergence, without tau^2; it is NaN where the call computed none (weight 0).
     """
 
     total: Tensor
     ce: Tensor
-    kl_k1: Tensor
+    kl: Tensor
 
 
 def fused_kd_sums(
@@ -60,30 +81,33 @@ def fused_kd_sums(
     tau: float,
     chunk_rows: int = 1024,
     matmul_dtype: torch.dtype | None = None,
+    kl: Divergence = "tail",
 ) -> KDSums:
-    """total = sum_N [weight_ce * CE + weight_kl * KL_{K+1}(p_tau || q_tau)] and its gradient to `h_ND`.
+    """total = sum_N [weight_ce * CE + weight_kl * KL(p_tau || q_tau)] and its gradient to `h_ND`.
 
     Positions whose target is IGNORE count in nothing and may hold NaN in the teacher's tensors.
 
     Args:
         weight_ce: coefficient of the cross-entropy; CE is reported even at 0.
-        weight_kl: coefficient of KL_{K+1}, the factor tau^2 included; at 0 the teacher is not touched.
+        weight_kl: coefficient of the divergence, the factor tau^2 included; at 0 the teacher is not touched.
         chunk_rows: C; one C x V buffer of `matmul_dtype` lives at a time.
         matmul_dtype: of the two head products; None takes autocast's where it is on, else `h_ND`'s. Everything after
             the first product is float32 (float64 for float64 input).
+        kl: which divergence, see `sparse_kd.Divergence`.
     """
+    assert kl != "sampled" or teacher.draws is not None or not weight_kl
     valid_N = target_N != IGNORE
     # The GPU's kernel passes over such rows by itself, so the host need not wait to learn whether there are any.
     if not h_ND.is_cuda and not bool(valid_N.all()):
         h_ND, target_N = h_ND[valid_N], target_N[valid_N]
-        teacher = TeacherTopK(teacher.ids_NK[valid_N], teacher.logits_NK[valid_N], teacher.log_tail_N[valid_N])
+        teacher = teacher.at(valid_N)
     if matmul_dtype is None:
         device = h_ND.device.type
         matmul_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
-    total, ce, kl = _FusedKD.apply(  # type: ignore[no-untyped-call]
-        h_ND, head, target_N, teacher, weight_ce, weight_kl, tau, chunk_rows, matmul_dtype
+    sums = _FusedKD.apply(  # type: ignore[no-untyped-call]
+        h_ND, head, target_N, teacher, weight_ce, weight_kl, tau, chunk_rows, matmul_dtype, kl
     )
-    return KDSums(total, ce, kl)
+    return KDSums(*sums)
 
 
 class _FusedKD(torch.autograd.Function):
@@ -99,6 +123,7 @@ class _FusedKD(torch.autograd.Function):
         tau: float,
         chunk_rows: int,
         matmul_dtype: torch.dtype,
+        divergence: Divergence,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_gradient = ctx.needs_input_grad[0]
         out_dtype = torch.float64 if h_ND.dtype == torch.float64 else torch.float32
@@ -116,7 +141,9 @@ class _FusedKD(torch.autograd.Function):
                 z_CV = torch.mm(h_CD, head_VD.T, out=buffer_CV[: h_CD.shape[0]])
                 if h_ND.is_cuda and out_dtype == torch.float32:
                     at = slice(start, start + z_CV.shape[0])
-                    ce_C, kl_C = _gpu_rows(z_CV, head, target_N, teacher, at, weight_ce, weight_kl, tau, wants_gradient)
+                    ce_C, kl_C = _gpu_rows(
+                        z_CV, head, target_N[at], teacher.at(at), weight_ce, weight_kl, tau, wants_gradient, divergence
+                    )
                     ce += ce_C.sum()
                     if kl_C is not None:
                         kl += kl_C.sum()
@@ -125,11 +152,10 @@ class _FusedKD(torch.autograd.Function):
                     continue
                 for first in range(0, z_CV.shape[0], step):
                     at = slice(start + first, start + min(first + step, z_CV.shape[0]))
-                    some = TeacherTopK(teacher.ids_NK[at], teacher.logits_NK[at], teacher.log_tail_N[at])
                     raw_CV = z_CV[first : first + step]
                     logits_CV = _after_head(raw_CV.to(out_dtype, copy=True), head)
                     ce_C, kl_C, grad_CV = _chunk(
-                        logits_CV, target_N[at], some, weight_ce, weight_kl, tau, wants_gradient
+                        logits_CV, target_N[at], teacher.at(at), weight_ce, weight_kl, tau, wants_gradient, divergence
                     )
                     ce += ce_C.sum()
                     if kl_C is not None:
@@ -147,26 +173,28 @@ class _FusedKD(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Any, ...]:
         (grad_ND,) = ctx.saved_tensors
-        return (grad_ND * grad_total.to(grad_ND.dtype), *([None] * 8))
+        return (grad_ND * grad_total.to(grad_ND.dtype), *([None] * 9))
 
 
 def _gpu_rows(
     z_CV: Tensor,
     head: Head,
-    target_N: Tensor,
+    target_C: Tensor,
     teacher: TeacherTopK,
-    at: slice,
     weight_ce: float,
     weight_kl: float,
     tau: float,
     wants_gradient: bool,
+    divergence: Divergence,
 ) -> tuple[Tensor, Tensor | None]:
     from student.losses.fused_triton import kd_rows_  # Triton is not everywhere
 
-    parts = teacher.ids_NK[at], teacher.logits_NK[at], teacher.log_tail_N[at]
-    return kd_rows_(
-        z_CV, target_N[at], *parts, weight_ce, weight_kl, tau, wants_gradient, head.logit_scale, head.soft_cap
-    )
+    parts = teacher.ids_NK, teacher.logits_NK, teacher.log_tail_N
+    draws = None
+    if divergence == "sampled" and teacher.draws is not None:
+        draws = teacher.draws.ids_NM, teacher.draws.logits_NM, teacher.draws.log_tail_1_N
+    shape = head.logit_scale, head.soft_cap
+    return kd_rows_(z_CV, target_C, *parts, weight_ce, weight_kl, tau, wants_gradient, *shape, divergence, draws)
 
 
 def _after_head(raw_CV: Tensor, head: Head) -> Tensor:
@@ -195,8 +223,9 @@ def _chunk(
     weight_kl: float,
     tau: float,
     wants_gradient: bool,
+    divergence: Divergence = "tail",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """CE (C,), KL_{K+1} (C,) or None at weight 0, and the gradient of the weighted sum to the logits (C, V)."""
+    """CE (C,), divergence (C,) or None at weight 0, and the gradient of the weighted sum to the logits (C, V)."""
     peak_C = logits_CV.amax(-1)
     work_CV = (logits_CV - peak_C[:, None]).exp_()
     sum_C = work_CV.sum(-1)
@@ -207,10 +236,16 @@ def _chunk(
         grad_CV.scatter_add_(1, target_C[:, None], torch.full_like(ce_C, -weight_ce)[:, None])
     if not weight_kl:
         return ce_C, None, grad_CV
+    rows = {"tail": _tail_rows, "renormalised": _renormalised_rows, "sampled": _sampled_rows}[divergence]
+    return ce_C, rows(logits_CV, teacher, tau, grad_CV, weight_kl / tau), grad_CV
 
-    up_CK = teacher.logits_NK.to(logits_CV.dtype) / tau
-    log_tail_C = teacher.log_tail_N.to(logits_CV.dtype)
-    log_zp_C = torch.logaddexp(up_CK.logsumexp(-1), log_tail_C)
+
+# Each of the three returns the divergence (C,) and adds `scale` times its gradient in u = z / tau to grad_CV.
+
+
+def _tail_rows(logits_CV: Tensor, teacher: TeacherTopK, tau: float, grad_CV: Tensor | None, scale: float) -> Tensor:
+    """KL_{K+1}: q - p on the K ids and q (1 - r_p / r_q) elsewhere."""
+    up_CK, log_tail_C, log_zp_C = _teacher_rows(teacher, tau, logits_CV.dtype)
     log_p_CK = up_CK - log_zp_C[:, None]
     p_CK, log_rp_C = log_p_CK.exp(), log_tail_C - log_zp_C
     rp_C = log_rp_C.exp()
@@ -227,12 +262,50 @@ def _chunk(
     kl_C = (p_CK * (log_p_CK - log_q_CK)).sum(-1)
     has_tail_C = rp_C > 0
     kl_C = kl_C + torch.where(has_tail_C, rp_C * (log_rp_C - (log_tail_q_C - log_zq_C)), 0.0)
-
     if grad_CV is not None:
-        # d KL / d u is q - p on the K ids and q (1 - r_p / r_q) elsewhere; u = z / tau.
-        scale = weight_kl / tau
         share_C = torch.where(has_tail_C, rp_C / tail_sum_C, 0.0)
         factor_C = ((peak_C - log_zq_C).exp() - share_C) * scale
         grad_CV.addcmul_(tail_CV, factor_C[:, None])
         grad_CV.scatter_add_(1, teacher.ids_NK, (log_q_CK.exp() - p_CK).mul_(scale))
-    return ce_C, kl_C, grad_CV
+    return kl_C
+
+
+def _renormalised_rows(
+    logits_CV: Tensor, teacher: TeacherTopK, tau: float, grad_CV: Tensor | None, scale: float
+) -> Tensor:
+    """q~ - p~ on the K ids and 0 elsewhere."""
+    log_p_CK = (teacher.logits_NK.to(logits_CV.dtype) / tau).log_softmax(-1)
+    log_q_CK = (logits_CV.gather(1, teacher.ids_NK) / tau).log_softmax(-1)
+    p_CK = log_p_CK.exp()
+    if grad_CV is not None:
+        grad_CV.scatter_add_(1, teacher.ids_NK, (log_q_CK.exp() - p_CK).mul_(scale))
+    return (p_CK * (log_p_CK - log_q_CK)).sum(-1)
+
+
+def _sampled_rows(logits_CV: Tensor, teacher: TeacherTopK, tau: float, grad_CV: Tensor | None, scale: float) -> Tensor:
+    """(sum of all weights) q, less the weight of each of the K ids and of each draw; draws of one id add up."""
+    assert teacher.draws is not None
+    up_CK, _, log_zp_C = _teacher_rows(teacher, tau, logits_CV.dtype)
+    log_tail_1_C = teacher.draws.log_tail_1_N.to(logits_CV.dtype)
+    z_CM = teacher.draws.logits_NM.to(logits_CV.dtype)
+    z_CM = torch.where(torch.isneginf(log_tail_1_C)[:, None], 0.0, z_CM)  # nothing to draw from: NaN
+    log_p_CS = torch.cat((up_CK, z_CM / tau), 1) - log_zp_C[:, None]
+    w_CM = draw_weights(z_CM, log_tail_1_C, log_zp_C, tau)
+    weight_CS = torch.cat((log_p_CS[:, : up_CK.shape[1]].exp(), w_CM), 1)
+    ids_CS = torch.cat((teacher.ids_NK, teacher.draws.ids_NM), 1)
+
+    u_CV = logits_CV / tau
+    uq_CS = u_CV.gather(1, ids_CS)
+    peak_C = u_CV.amax(-1)
+    work_CV = u_CV.sub_(peak_C[:, None]).exp_()
+    sum_C = work_CV.sum(-1)
+    if grad_CV is not None:
+        grad_CV.addcmul_(work_CV, (weight_CS.sum(-1) / sum_C * scale)[:, None])
+        grad_CV.scatter_add_(1, ids_CS, weight_CS * -scale)
+    return (weight_CS * (log_p_CS - uq_CS + (peak_C + sum_C.log())[:, None])).sum(-1)
+
+
+def _teacher_rows(teacher: TeacherTopK, tau: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """z / tau (C, K), log_tail (C,) and log Z_tau (C,)."""
+    up_CK, log_tail_C = teacher.logits_NK.to(dtype) / tau, teacher.log_tail_N.to(dtype)
+    return up_CK, log_tail_C, torch.logaddexp(up_CK.logsumexp(-1), log_tail_C)
