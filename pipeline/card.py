@@ -6,6 +6,7 @@ Its front matter names the files of every split, so that `datasets.load_dataset(
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def card(cache: Cache, options: Options) -> str:
     folders = [teacher.path, *([] if is_remote(cache.path) else [Path(manifest.teacher_path)])]
     of_teacher = licence_of(teacher.facts.name, folders, options.teacher_licence)
     of_corpus = licence_of(source, [], options.corpus_licence)
-    name = options.name or Path(str(cache.path)).name
+    name = options.name or Path(str(cache.path)).resolve().name
     parts = [
         front_matter(_front(name, splits, of_corpus)),
         f"# {plain(name)}: outputs of {plain(shown(teacher.facts.name))}\n",
@@ -105,7 +106,7 @@ def card(cache: Cache, options: Options) -> str:
         _columns(cache.spec),
         BESIDE,
         "## Load it\n",
-        _loading(splits),
+        _loading(Path(str(cache.path)).resolve().name, splits),
         "## Where it is from\n",
         _origin(manifest, source),
         "## Licences\n",
@@ -162,17 +163,17 @@ def _columns(spec: CacheSpec) -> str:
         fixed = pa.types.is_fixed_size_list(field.type)
         kind = type_name(field.type.value_type) if fixed else type_name(field.type)
         shape = " x ".join(map(str, shapes[field.name])) if fixed else ""
-        rows.append([code(field.name), kind, shape, MEANINGS[field.name]])
+        rows.append([code(field.name), code(kind), shape, MEANINGS[field.name]])
     return table(["column", "type", "shape, flat in the file", "meaning"], rows)
 
 
-def _loading(splits: dict[str, ShardEntries]) -> str:
+def _loading(folder: str, splits: dict[str, ShardEntries]) -> str:
     split = "train" if len(splits["train"]) else "heldout"
     first = splits[split][0].file
     return f'''```python
 import datasets, numpy as np, pandas as pd
 
-folder = "."  # this folder, or its name on a hub
+folder = {json.dumps(folder)}  # the path of this folder, or its name on a hub
 rows = datasets.load_dataset(folder, split="{split}")  # streaming=True reads as it goes
 row = rows.with_format("numpy")[0]
 p = np.exp(row["topk_logits"].reshape(len(row["input_ids"]), -1) - row["lse"][:, None])

@@ -131,9 +131,15 @@ def export(options: ExportOptions) -> Exported:
     fsync_folder(out)
     for name, content in files.items():
         commit_bytes(out / name, content)
-    weights = commit_file(out / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    commit_bytes(out / "config.json", (config.to_json_string()).encode())
+    weights = commit_file(out / "model.safetensors", lambda path: write_weights(path, tensors))
+    commit_bytes(out / "config.json", config.to_json_string().encode())
     return Exported(out, parameters, weights.bytes, deviation)
+
+
+def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file that others may read, which the library's own mode does not let them."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)
 
 
 def check_target(out: Path) -> None:
@@ -147,8 +153,8 @@ def check_target(out: Path) -> None:
 def tokenizer_files(teacher: TeacherFolder) -> dict[str, bytes]:
     """The tokenizer's files, their names -> content.
 
-    tokenizer_config.json loses what would run a stranger's code, and gains what batches need here: padding on the left,
-    and no token types.
+    tokenizer_config.json names the class that does what tokenizer.json says, as the teacher's dump did, and no
+    stranger's code; and what batches need here: padding on the left, and no token types.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -158,9 +164,12 @@ def tokenizer_files(teacher: TeacherFolder) -> dict[str, bytes]:
         raise UserError(f"{teacher.path}/teacher.json does not name tokenizer.json: restore the run's teacher folder")
     name = "tokenizer_config.json"
     settings = teacher.json(name, MOST_CONFIG_BYTES) if name in files else {}
-    if settings.pop("auto_map", None) is not None or not isinstance(settings.get("tokenizer_class"), str):
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings |= {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
+    settings.pop("auto_map", None)
+    settings |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
     facts = teacher.facts
     if settings.get("pad_token") is None:  # batches need one; the mask says where it is padding
         settings["pad_token"] = settings.get("eos_token") or _token(files["tokenizer.json"], facts.separator_id)

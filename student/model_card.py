@@ -33,9 +33,9 @@ USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this folder, or its name on a hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-inputs = tokenizer(["the history of science is", "the"], padding=True, return_tensors="pt")
+inputs = tokenizer(["The history of science is", "The"], padding=True, return_tensors="pt")
 texts = model.generate(**inputs, max_new_tokens=20, do_sample=False)
 print(tokenizer.batch_decode(texts, skip_special_tokens=True))
 ```

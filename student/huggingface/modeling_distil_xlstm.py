@@ -251,7 +251,8 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
         """Logits (B, T, V) in float32; arguments as `DistilXLSTMModel.forward`, and:
 
         Args:
-            labels: (B, T) ids to predict, shifted here: pass `input_ids` with -100 where there is nothing to predict.
+            labels: (B, T) ids to predict, shifted here: pass `input_ids` with -100 where there is nothing to predict. A
+                token that padding comes before is not predicted: there is nothing to predict it from.
             logits_to_keep: logits of so many last positions, 0: of all; or of the positions it lists.
         """
         outputs = self.model(
@@ -269,6 +270,9 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
             logits = cap * torch.tanh(logits / cap)
         loss = None
         if labels is not None:
+            if attention_mask is not None:
+                from_padding_BT = attention_mask[:, -labels.shape[1] :].roll(1, 1).to(labels.device) == 0
+                labels = labels.masked_fill(from_padding_BT, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
