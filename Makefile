@@ -8,6 +8,7 @@ STUDENT ?= demo
 CACHE = caches/$(DUMP)
 RUN = runs/$(STUDENT)
 SHARD ?= 0
+OUT = exports/$(notdir $(RUN))
 PROMPT ?= The history of science is
 GPUS ?=
 TP ?=
@@ -29,7 +30,7 @@ ENGINES = $(if $(GPUS),--gpus $(GPUS)) $(if $(TP),--engine.tensor_parallel $(TP)
 AGAIN = $(MAKE) --no-print-directory ARGS=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready demo test lint dump-teacher first-dump train-student eval zero-shot attention-distance generate inspect verify report bench chaos clean
+.PHONY: help setup ready demo test lint dump-teacher first-dump train-student eval zero-shot attention-distance generate export inspect verify card report bench chaos clean
 
 help: ## show this
 	@echo "make TARGET [VARIABLE=value ...]"; echo
@@ -41,6 +42,7 @@ help: ## show this
 	  CACHE '$(CACHE)' 'folder of the dump' \
 	  RUN '$(RUN)' 'folder of the training run' \
 	  SHARD '$(SHARD)' 'shard that inspect shows' \
+	  OUT '$(OUT)' 'folder that export writes' \
 	  PROMPT "$$PROMPT" 'text that generate continues' \
 	  GPUS '$(or $(GPUS),all there are)' 'GPUs to use; dump-teacher uses one engine unless told, with RAY all' \
 	  TP '$(or $(TP),1)' 'GPUs that dump-teacher spreads one teacher over' \
@@ -91,11 +93,17 @@ attention-distance: ready ## how much of the teacher's attention the student lea
 generate: ready ## let the student continue PROMPT
 	@$(PY) -m student.generate --run $(RUN) --prompt_from_env PROMPT $(ARGS)
 
+export: ready ## write the student as a Hugging Face folder (OUT), with its own code and a model card
+	@$(PY) -m student.export --run $(RUN) --out $(OUT) $(if $(filter file,$(origin CACHE)),,--cache $(CACHE)) $(ARGS)
+
 inspect: ready ## what a shard holds, positions decoded to text
 	@$(PY) -m pipeline inspect --cache $(CACHE) --shard $(SHARD) $(ARGS)
 
 verify: ready ## check every byte and number of a cache
 	@$(PY) -m pipeline verify --cache $(CACHE) $(ARGS)
+
+card: ready ## write the README of a cache: a data set card that datasets.load_dataset reads
+	@$(PY) -m pipeline card --cache $(CACHE) $(ARGS)
 
 report: ready ## one HTML page on cache and run
 	@$(PY) -m pipeline report --cache $(CACHE) --run $(RUN) $(ARGS)

@@ -14,6 +14,7 @@ COMMANDS = {
     "inspect": ("pipeline.inspection", "what a shard holds: columns, sizes, and positions decoded to text"),
     "verify": ("pipeline.verify", "check every byte and every number of a cache"),
     "estimate": ("pipeline.estimate", "what a dump and a training would take: bytes, files, GPU hours, cost"),
+    "card": ("pipeline.card", "the README of a cache: what is in it, from where, how to load it"),
     "index": ("pipeline.indexing", "gather the records of many shards in one file, so that the cache opens fast"),
     "report": ("pipeline.report", "one HTML page with the pictures and figures of a cache and a run"),
     "summary": ("pipeline.summary", "the few closing lines: what was dumped, trained and measured"),

@@ -19,7 +19,7 @@ from pipeline.teacher_folder import TeacherFolder, local_teacher
 SHARD_NAME = re.compile(r"(shard|heldout)-\d{5,}")
 MOST_MISSING = 100_000
 """Missing shards that are named one by one."""
-OWN_FILES = re.compile(r"manifest\.json|plan\.json|index\.json|index-.*\.parquet|teacher|claims")
+OWN_FILES = re.compile(r"manifest\.json|plan\.json|index\.json|index-.*\.parquet|README\.md|teacher|claims")
 MOST_PLAN_BYTES = 64 << 20
 """Bytes of plan.json: an index of 1.4 million frames or row groups, some 1.4 TB of text."""
 

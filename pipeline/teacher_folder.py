@@ -90,7 +90,7 @@ class TeacherFolder:
         self.facts = read_facts(record.fields("facts"))
         self.files = read_files(record.fields("files"), self.path)
 
-    def _whole(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
         """The path of a file that `teacher.json` lists, once its size and sha256 have been looked at."""
         if name not in self.files:
             raise UserError(f"{self.path}/teacher.json does not name {name}, which students need: restore it")
@@ -114,7 +114,7 @@ class TeacherFolder:
         Raises:
             UserError: they have not, or the file is damaged.
         """
-        path = self._whole("head.safetensors")
+        path = self.file("head.safetensors")
         with open(path, "rb") as raw:
             header = int.from_bytes(raw.read(8), "little")
         if header > MOST_HEAD_HEADER:
@@ -152,7 +152,7 @@ class TeacherFolder:
         Raises:
             UserError: the file is damaged, or not of V ids.
         """
-        path = self._whole("token_bytes.parquet")
+        path = self.file("token_bytes.parquet")
         try:
             return read_token_bytes(path, self.facts.vocab_size)
         except (Malformed, OSError, pa.ArrowException) as error:
@@ -172,7 +172,7 @@ class TeacherFolder:
         Raises:
             UserError: it is missing, larger, or no JSON object.
         """
-        path = self._whole(name)
+        path = self.file(name)
         try:
             value = json.loads(read_text(path, most))
             check_depth(value)

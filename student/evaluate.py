@@ -135,7 +135,7 @@ def evaluate(options: EvaluateOptions, teacher: FullTeacher | None = None) -> di
             )
     maps = MapCollector(cache.spec.block if options.maps else 0, options.maps)
     rows, begun = 0, time.perf_counter()
-    for batch in heldout(cache, rows_at_once, options.max_rows, pin=device.type == "cuda"):
+    for batch in heldout(cache, rows_at_once, options.max_rows, device.type == "cuda", options.maps > 0):
         rows += len(batch.length_B)
         moved = batch.to(device, non_blocking=True)
         measure(student, moved, sums, maps, teacher if options.full_kl else None, options.precision)

@@ -29,6 +29,7 @@ from teacher_dump.token_bytes import token_bytes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CONFIG_FILES = ("config.json", "generation_config.json")
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 EMBEDDING = ("model.embed_tokens.weight", "transformer.wte.weight", "model.language_model.embed_tokens.weight")
 FINAL_NORM = ("model.norm.weight", "transformer.ln_f.weight", "model.language_model.norm.weight")
@@ -72,7 +73,7 @@ def locate(name: str, data_root: Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model"]
+        patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "LICENSE*"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds
         raise UserError(f"teacher {name}: no such folder, and the hub did not give it ({one_line(error)})") from None
@@ -245,7 +246,7 @@ def write_teacher_folder(teacher: Teacher, cache: Path, claim: str) -> TeacherFo
         facts, known = found.facts, found.files
     writers: dict[str, Callable[[Path], str]] = {
         name: partial(_copy, teacher.path / name)
-        for name in (*CONFIG_FILES, *TOKENIZER_FILES)
+        for name in (*CONFIG_FILES, *TOKENIZER_FILES, *LICENCE_FILES)
         if (teacher.path / name).is_file()
     }
     writers |= {

@@ -29,6 +29,8 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            if path.parent.name == "huggingface" and node.level == 1:
+                continue  # exported code finds its neighbours only so; tests/unit/test_export.py looks at its imports
             assert node.level == 0, f"{path}: relative imports hide where a module comes from"
             names.add((node.module or "").split(".")[0])
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (

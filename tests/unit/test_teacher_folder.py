@@ -277,3 +277,12 @@ def test_incomplete_teacher_folder_of_a_cache_is_a_user_error(name: str, how: st
     with pytest.raises(UserError, match=name):
         found = TeacherFolder(folder.path)
         found.tensors(), found.token_bytes(), found.config()
+
+
+def test_a_licence_goes_along_and_is_no_part_of_the_identity(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model")
+    before = opened(source).facts
+    write_teacher_folder(opened(source), tmp_path / "cache", "claim")
+    (source / "LICENSE").write_text("MIT License")
+    folder = write_teacher_folder(opened(source), tmp_path / "cache", "claim")
+    assert folder.file("LICENSE").read_text() == "MIT License" and folder.facts == before

@@ -424,7 +424,7 @@ def test_command_line_status_lines_and_json(cache: Path, tmp_path: Path, capsys:
 def test_what_the_user_can_mend_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(lambda: main(["verify", "--cache", str(tmp_path)])) == 2
     assert "is no cache (manifest.json is missing)" in capsys.readouterr().err
-    with pytest.raises(UserError, match="known are inspect, verify, estimate, index, report, summary"):
+    with pytest.raises(UserError, match="known are inspect, verify, estimate, card, index, report, summary"):
         main(["veryfy"])
 
 
