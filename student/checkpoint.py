@@ -22,6 +22,7 @@ from pipeline.teacher_folder import TeacherFolder
 from student.identity import Teaching, require_same_teacher, require_teacher_facts
 from student.model import DistilXLSTM, StudentConfig
 from student.seal import check_seal
+from student.transformer_block import TransformerShape
 
 PREFIX = "model."
 
@@ -72,6 +73,8 @@ class RunRecord:
             shape = values["student"]
             if shape.get("slstm_at") is not None:
                 shape["slstm_at"] = tuple(shape["slstm_at"])
+            if shape.get("transformer") is not None:
+                shape["transformer"] = TransformerShape(**shape["transformer"])
             known = {field.name for field in fields(RunRecord)}
             return RunRecord(**{**{k: v for k, v in values.items() if k in known}, "student": StudentConfig(**shape)})
         except (KeyError, TypeError, AttributeError) as error:
@@ -152,5 +155,6 @@ def _read_state(path: Path, of_run: Teaching) -> dict[str, Tensor]:
 
 
 def _width(state: dict[str, Tensor]) -> int | None:
-    norm = state.get("stack.blocks.0.xlstm_norm.weight")
+    names = ("stack.blocks.0.xlstm_norm.weight", "stack.blocks.0.mixer_norm.weight")
+    norm = next((state[name] for name in names if name in state), None)
     return None if norm is None else int(norm.shape[0])

@@ -201,9 +201,10 @@ def use_cell_backend(block: mLSTMBlock) -> None:
 
 
 @contextmanager
-def capturing(block: mLSTMBlock) -> Iterator[list[CellInputs]]:
+def capturing(block: torch.nn.Module) -> Iterator[list[CellInputs]]:
     """Collect what the block's cell is given, one entry per forward pass. Nothing is kept after the `with`."""
-    backend: CellBackend = block.xlstm.mlstm_cell.backend_fn
+    # A transformer-shaped block has the cell itself.
+    backend: Any = block.xlstm.mlstm_cell.backend_fn if isinstance(block, mLSTMBlock) else block.cell
     seen: list[CellInputs] = []
     backend.seen = seen
     try:
@@ -243,20 +244,24 @@ def mlstm_initial_state(block: mLSTMBlock, batch: int) -> dict[str, Any]:
     }
 
 
-def mlstm_prefill(block: mLSTMBlock, x_BTD: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """The block's output for whole rows, and the state its `step` goes on from."""
-    with capturing(block) as seen, conv_inputs(block.xlstm) as conv:
-        y_BTD = mLSTMBlock.forward(block, x_BTD)  # whose convolution can be listened to
-    cell = seen[0]
+def final_memory(cell: CellInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """The state after whole rows: memory (B, H, d, d), normaliser (B, H, d, 1), their log scale (B, H, 1, 1)."""
     dtype = torch.promote_types(cell.q_BHTd.dtype, torch.float32)
     F_BHT = F.logsigmoid(cell.fgate_BHT.to(dtype)).double().cumsum(-1)
     g_BHT = cell.igate_BHT.double() - F_BHT
     max_BH1 = g_BHT.amax(-1, keepdim=True)
     source_BHTd = cell.k_BHTd * ((g_BHT - max_BH1).exp() * cell.k_BHTd.shape[-1] ** -0.5).to(dtype)[..., None]
-    memory = (
-        source_BHTd.transpose(-1, -2) @ cell.v_BHTd,
+    return (
+        source_BHTd.transpose(-1, -2) @ cell.v_BHTd.to(dtype),
         source_BHTd.sum(-2)[..., None],
         (F_BHT[..., -1:] + max_BH1).to(dtype)[..., None],
     )
+
+
+def mlstm_prefill(block: mLSTMBlock, x_BTD: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """The block's output for whole rows, and the state its `step` goes on from."""
+    with capturing(block) as seen, conv_inputs(block.xlstm) as conv:
+        y_BTD = mLSTMBlock.forward(block, x_BTD)  # whose convolution can be listened to
+    memory = final_memory(seen[0])
     conv_state = last_inputs(conv[0], block.xlstm.config.conv1d_kernel_size)
     return y_BTD, {"mlstm_state": memory, "conv_state": (conv_state,)}

@@ -3,7 +3,8 @@
 Distil-xLSTM (arXiv 2503.18565, section 3): sLSTM and mLSTM blocks in turn, of the teacher's width, between the
 teacher's own embedding and language-model head, neither of which is trained or stored again in a checkpoint. The blocks
 are those of the `xlstm` package (arXiv 2405.04517); `student/mlstm.py` and `student/slstm.py` say how their cells are
-computed here, `student/block_forward.py` how whole blocks are on a GPU.
+computed here, `student/block_forward.py` how whole blocks are on a GPU. Or all are mLSTM blocks of the teacher's shape
+(`student/transformer_block.py`), which can begin with its weights.
 
 Legend: B rows, T tokens, N positions in any order, D width, V vocabulary, n = T/b pooling blocks.
 """
@@ -35,6 +36,7 @@ from student.block_forward import use_fused_forward
 from student.implicit_attention import pooled_implicit_attention
 from student.mlstm import capturing, mlstm_initial_state, mlstm_prefill, use_cell_backend
 from student.slstm import slstm_initial_state, slstm_prefill, use_scan_cell
+from student.transformer_block import TransformerBlock, TransformerShape, TransformerStack, check_transformer
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,13 @@ class StudentConfig:
     final_norm: Literal["layernorm", "teacher"] = "layernorm"
     """layernorm: the package's LayerNorm, fresh; teacher: an RMSNorm that begins as the teacher's final norm.
     Both are trained."""
+    transformer: TransformerShape | None = None
+    """Blocks of a Transformer's shape, all mLSTM, in the place of the package's, whose options then have no effect."""
 
     def slstm_blocks(self) -> tuple[int, ...]:
         """Sorted indices of the sLSTM blocks."""
+        if self.transformer is not None:
+            return ()
         return tuple(range(0, self.blocks, 2)) if self.slstm_at is None else tuple(sorted(set(self.slstm_at)))
 
 
@@ -121,10 +127,14 @@ class DistilXLSTM(nn.Module):
         # One buffer where the two are tied: `to(device)` would make two of a shared one.
         untied = None if facts.tied else tensors["head_VD"].detach()
         self.register_buffer("untied_head_VD", untied, persistent=False)
-        self.stack = xLSTMBlockStack(stack_config(config, facts.width))
-        for block in self.stack.blocks:
-            (use_cell_backend if isinstance(block, mLSTMBlock) else use_scan_cell)(block)
-            use_fused_forward(block)
+        self.stack: Any  # a module with `blocks`
+        if config.transformer is not None:
+            self.stack = TransformerStack(config.blocks, facts.width, config.heads, config.transformer, facts.norm_eps)
+        else:
+            self.stack = xLSTMBlockStack(stack_config(config, facts.width))
+            for block in self.stack.blocks:
+                (use_cell_backend if isinstance(block, mLSTMBlock) else use_scan_cell)(block)
+                use_fused_forward(block)
         self.final_norm: nn.Module
         if config.final_norm == "teacher":
             self.final_norm = nn.RMSNorm(facts.width, eps=facts.norm_eps)
@@ -161,7 +171,7 @@ class DistilXLSTM(nn.Module):
         x_BTD = self.embed(input_ids_BT)
         maps: dict[int, Tensor] = {}
         for index, block in enumerate(self.stack.blocks):
-            if map_block and isinstance(block, mLSTMBlock):
+            if map_block and index in self.mlstm_blocks:
                 with capturing(block) as captured:
                     x_BTD = block(x_BTD)
                 maps[index] = pooled_implicit_attention(*captured[0].attention_inputs(), map_block).mean(dim=1)
@@ -178,17 +188,14 @@ class DistilXLSTM(nn.Module):
 
     def initial_state(self, batch: int) -> StudentState:
         """The empty state of `batch` rows."""
-        blocks = self.stack.blocks
-        return StudentState(
-            tuple((mlstm_initial_state if isinstance(b, mLSTMBlock) else slstm_initial_state)(b, batch) for b in blocks)
-        )
+        return StudentState(tuple(_initial_state(block, batch) for block in self.stack.blocks))
 
     def prefill(self, input_ids_BT: Tensor) -> tuple[Tensor, StudentState]:
         """Read a prompt from an empty state in one parallel pass: h_BD of its last token, and the state after it."""
         x_BTD = self.embed(input_ids_BT)
         states = []
         for block in self.stack.blocks:
-            x_BTD, state = (mlstm_prefill if isinstance(block, mLSTMBlock) else slstm_prefill)(block, x_BTD)
+            x_BTD, state = _prefill(block, x_BTD)
             states.append(state)
         return self.final_norm(x_BTD[:, -1]), StudentState(tuple(states))
 
@@ -197,9 +204,9 @@ class DistilXLSTM(nn.Module):
         x_B1D = self.embed(input_ids_B[:, None])
         states = []
         for block, before in zip(self.stack.blocks, state.blocks, strict=True):
-            # The package's convolution shifts its state in place.
-            conv_state = tuple(t.clone() for t in before["conv_state"])
-            x_B1D, after = block.step(x_B1D, **{**before, "conv_state": conv_state})
+            if "conv_state" in before:  # which the package's convolution shifts in place
+                before = {**before, "conv_state": tuple(t.clone() for t in before["conv_state"])}
+            x_B1D, after = block.step(x_B1D, **before)
             states.append(after)
         return self.final_norm(x_B1D[:, 0]), StudentState(tuple(states))
 
@@ -233,6 +240,9 @@ def _check_types(config: StudentConfig) -> None:
 def check_shape(config: StudentConfig, width: int) -> None:
     """Raise `UserError` naming the field if the configuration cannot be built at this width."""
     _check_types(config)
+    if config.transformer is not None:
+        check_transformer(config.transformer, config.blocks, config.heads, width)
+        return
     if config.blocks < 1 or config.heads < 1 or config.conv_kernel < 2:
         raise UserError(
             f"student needs blocks >= 1, heads >= 1 and conv_kernel >= 2, found blocks={config.blocks}, "
@@ -298,6 +308,18 @@ def stack_config(
         add_post_blocks_norm=False,
         slstm_at=list(slstm_at),
     )
+
+
+def _initial_state(block: Any, batch: int) -> dict[str, Any]:
+    if isinstance(block, TransformerBlock):
+        return block.initial_state(batch)
+    return (mlstm_initial_state if isinstance(block, mLSTMBlock) else slstm_initial_state)(block, batch)
+
+
+def _prefill(block: Any, x_BTD: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    if isinstance(block, TransformerBlock):
+        return block.prefill(x_BTD)
+    return (mlstm_prefill if isinstance(block, mLSTMBlock) else slstm_prefill)(block, x_BTD)
 
 
 def _tensors(value: Any) -> list[Tensor]:
