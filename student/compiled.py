@@ -1,8 +1,8 @@
 """Plain tensor functions that are compiled when they are first called on a GPU.
 
-A function decorated with `compiled` is called without gradients, from inside an `autograd.Function` that has its
-backward written out: what is compiled depends on shapes and dtypes alone, and what is kept for the backward is chosen
-by hand. Elsewhere than on a GPU, and where the compiler does not work, the plain function itself is called.
+Most are called without gradients, from inside an `autograd.Function` that has its backward written out, where what is
+kept for the backward is chosen by hand; one that is called with gradients gets the compiler's backward. Elsewhere than
+on a GPU, and where the compiler does not work, the plain function itself is called.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Compiled(Generic[P, R]):
         first = next(x for x in args if isinstance(x, Tensor))
         if first.device.type not in DEVICES or _failure:
             return self.plain(*args, **kwargs)
-        key = tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in args)
+        key = (torch.is_grad_enabled(), torch.is_autocast_enabled(first.device.type), *map(_guarded, args))
         is_static = self._seen.get(key)
         if is_static is not None:
             return (self._static if is_static else self._any)(*args, **kwargs)
@@ -61,6 +61,11 @@ class Compiled(Generic[P, R]):
             return self.plain(*args, **kwargs)
         self._seen[key] = is_static
         return result
+
+
+def _guarded(x: Any) -> Any:
+    """What of an argument code is compiled for."""
+    return (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else x
 
 
 def compiled(plain: Callable[P, R]) -> Compiled[P, R]:
