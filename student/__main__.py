@@ -12,12 +12,14 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from jsonargparse import set_parsing_settings
+from lightning import Callback
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -196,19 +198,29 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; `arguments` are the words after `python -m student`, None takes the process's."""
+def main(
+    arguments: list[str] | None = None,
+    module: type[DistillModule] = DistillModule,
+    callbacks: Sequence[Callback] = (),
+) -> int:
+    """The command. A program may call it as often as it likes in a process; each call is a run of its own.
+
+    Args:
+        arguments: the words after `python -m student`; None takes the process's.
+        module: what is trained, for programs that train another way.
+        callbacks: of the trainer, besides the command's own.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     quiet()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     check_files_exist(given, "--config")
     cli = TrainCLI(
-        DistillModule,
+        module,
         CacheDataModule,
         args=arguments,
         run=False,
         save_config_callback=None,
-        trainer_defaults=TRAINER_DEFAULTS,
+        trainer_defaults={**TRAINER_DEFAULTS, **({"callbacks": list(callbacks)} if callbacks else {})},
         seed_everything_default=0,
         parser_class=Parser,
         parser_kwargs={"prog": "python -m student", "description": "Train a Distil-xLSTM student from a cache."},

@@ -27,8 +27,9 @@ class CorpusConfig:
     """A corpus: manifests/corpora/*.yaml hold these fields."""
 
     source: str
-    """`embedded:enwik8`, `hub:NAME` (a data set on the Hugging Face hub or a local data set folder), or a path, glob or
-    URL of .parquet, .jsonl, .json (one object a line), .jsonl.zst or .txt files (documents separated by blank lines)"""
+    """`embedded:enwik8`, `embedded:shakespeare`, `hub:NAME` (a data set on the Hugging Face hub or a local data set
+    folder), or a path, glob or URL of .parquet, .jsonl, .json (one object a line), .jsonl.zst or .txt files (documents
+    separated by blank lines)"""
     text_field: str = "text"
     """field or column that holds a document's text"""
     id_field: str = "id"

@@ -1,4 +1,4 @@
-"""The teacher and the corpus that need no model hub: both come out of ordinary Python packages."""
+"""The teacher and the corpora that need no model hub: all come out of ordinary Python packages."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from teacher_dump.embedded.corpus import prepare_corpus
+from teacher_dump.embedded.shakespeare import prepare_shakespeare
 from teacher_dump.embedded.teacher import prepare_teacher
 
 EMBEDDED: dict[str, Callable[[Path], Path]] = {
     "embedded:smollm2-135m": prepare_teacher,
     "embedded:enwik8": prepare_corpus,
+    "embedded:shakespeare": prepare_shakespeare,
 }
 
 

@@ -10,11 +10,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from pipeline.errors import run_command
-from teacher_dump.embedded import EMBEDDED, resolve_embedded
+from teacher_dump.embedded import resolve_embedded
 from teacher_dump.embedded.corpus import PINNED, corpus_ready
 from teacher_dump.embedded.teacher import teacher_ready
 
-SAYS = {
+SAYS = {  # what set-up prepares; the others are made when a dump first names them
     "embedded:smollm2-135m": ("teacher", "SmolLM2-135M-Instruct as a Hugging Face folder"),
     "embedded:enwik8": ("corpus", f"{PINNED.documents:,} articles of enwik8, {PINNED.text_bytes / 1e6:.0f} MB of text"),
 }
@@ -33,8 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _prepare(root: Path, quiet: bool) -> None:
     ready = {"embedded:smollm2-135m": teacher_ready(root), "embedded:enwik8": corpus_ready(root)}
-    missing = [name for name in EMBEDDED if not ready[name]]
-    for name in EMBEDDED:
+    missing = [name for name in SAYS if not ready[name]]
+    for name in SAYS:
         if ready[name] and not quiet:
             print(f"{SAYS[name][0]}: ready")
     if not missing:

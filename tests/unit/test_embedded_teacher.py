@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from pipeline.errors import UserError
-from teacher_dump.embedded import EMBEDDED, resolve_embedded
+from teacher_dump.embedded import resolve_embedded
 from teacher_dump.embedded.gguf_model import GgufModel, hugging_face_name, rotary_order
 from teacher_dump.embedded.teacher import TOKENIZER_SHA256, WEIGHTS_SHA256, prepare_teacher, teacher_ready
 from teacher_dump.embedded.teacher_check import KNOWN_TEXT, check_teacher
@@ -155,4 +155,3 @@ def test_a_second_preparation_says_so_and_loads_nothing_large(folder: Path) -> N
     )
     done = subprocess.run([sys.executable, "-c", code, str(DATA)], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["teacher: ready", "corpus: ready", "[]"], done.stderr
-    assert len(EMBEDDED) == 2

@@ -1,0 +1,179 @@
+"""`python -m benchmarks.quality`: train and evaluate the arms of manifests/experiments that have no figures yet.
+
+    python -m benchmarks.quality --minutes 8 --out OUT        # as many screening arms as fit, side by side on one GPU
+    python -m benchmarks.quality --question k --seeds 0 1 2
+    python -m benchmarks.quality --report                     # docs/results.md out of benchmarks/results/quality.json
+
+What is missing is dumped first (by `python -m teacher_dump`, from the embedded teacher and texts), while one process
+compiles what training needs; then worker processes take arm after arm. Each figure is written when it is there, so that
+whatever ends the run costs the arms at hand and no more. The same command again goes on with those that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.measured import Row, device_name, table
+from benchmarks.quality.arms import BUDGETS, HELDOUT_CACHE, OTHER_CACHE, QUESTIONS, Arm, Budget, chosen, load_arms
+from benchmarks.quality.caches import Dumps, needs
+from benchmarks.quality.pool import Answer, Clock, Pool, known_seconds
+from benchmarks.quality.results import QUALITY, RowFile, curves_of, key_of
+from benchmarks.quality.tables import KL as KL_TO_TEACHER
+from benchmarks.quality.tables import cost_table, noise, question_table, teacher_row
+from benchmarks.quality.trial import Trial
+from pipeline.errors import UserError, run_command
+
+GPU_WORKERS = 4
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--arms", nargs="+", metavar="NAME", help="files of manifests/experiments; all unless given")
+    options.add_argument("--question", help=f"the arms of one table: {', '.join(QUESTIONS)}")
+    options.add_argument("--budget", choices=("screen", "headline"), default="screen", help="4.2 M tokens, or 60 M")
+    options.add_argument("--seeds", nargs="+", type=int, help="0, and of headline 0 1 2, unless given")
+    options.add_argument("--minutes", type=float, help="begin no arm that would end later, dumps included")
+    options.add_argument("--workers", type=int, help=f"processes at once; {GPU_WORKERS} a GPU, 1 on a CPU unless given")
+    options.add_argument(
+        "--scratch", type=Path, default=Path("runs/quality"), help="folder for caches, runs and logs (some 15 GB)"
+    )
+    options.add_argument("--results", type=Path, default=QUALITY, help="the file that figures are added to")
+    options.add_argument("--out", type=Path, help="folder that gets a copy of every result as it comes")
+    options.add_argument("--keep_runs", action="store_true", help="leave the students' run folders in SCRATCH")
+    options.add_argument("--small", action="store_true", help="2 shards of 512 tokens: checks the runner, on a CPU too")
+    options.add_argument("--list", action="store_true", help="say what is missing, and end")
+    options.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="add the rows of such files, and end")
+    options.add_argument("--report", action="store_true", help="write docs/results.md out of --results, and end")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0 also where time was up or arms failed, which is told."""
+    given = parser().parse_args(arguments)
+    results = given.results
+    if given.report:
+        from benchmarks.quality.report import write_report
+
+        print(f"written: {write_report(RowFile(results).read(), RowFile(curves_of(results)).read())}")
+        return 0
+    if given.merge:
+        for path in given.merge:
+            RowFile(results).add(RowFile(path).read())
+            RowFile(curves_of(results)).add(RowFile(curves_of(path)).read())
+        return 0
+    budget = BUDGETS["small" if given.small else given.budget]
+    if given.small and results == QUALITY:
+        results = given.scratch / QUALITY.name
+    arms = chosen(load_arms(), given.arms, given.question, budget)
+    seeds = given.seeds or list(budget.seeds)
+    missing = trials_of(arms, seeds, budget, RowFile(results).read(), given.scratch, given.keep_runs)
+    print(f"{len(arms) * len(seeds)} trials of {budget.name}, {len(missing)} without figures", flush=True)
+    if given.list:
+        print("\n".join(map(str, missing)))
+        return 0
+    if missing:
+        run(missing, results, given)
+    show(RowFile(results).read(), budget.name)
+    return 0
+
+
+def trials_of(
+    arms: list[Arm], seeds: list[int], budget: Budget, rows: list[Row], scratch: Path, keep: bool = False
+) -> list[Trial]:
+    """Those that have no figures, or figures of other settings than the manifests' now; the first seeds first."""
+    done = {key_of(row) for row in rows if "error" not in row and _is_current(row, arms, budget)}
+    caches = scratch / "caches" / budget.name
+    trials = [
+        Trial(
+            arm,
+            seed,
+            budget,
+            caches / arm.cache,
+            caches / HELDOUT_CACHE,
+            caches / OTHER_CACHE,
+            scratch / "runs" / f"{budget.name}-{arm.name}-{seed}",
+            keep,
+        )  # fmt: skip
+        for seed in seeds
+        for arm in arms
+    ]
+    return [trial for trial in trials if trial.key not in done]
+
+
+def _is_current(row: Row, arms: list[Arm], budget: Budget) -> bool:
+    arm = next((arm for arm in arms if arm.name == row["arm"]), None)
+    return arm is None or row["budget"] != budget.name or row.get("settings") == arm.settings(budget)
+
+
+def run(trials: list[Trial], results: Path, given: argparse.Namespace) -> None:
+    """Dump, train and evaluate what is missing; every answer is written when it comes."""
+    on_gpu = torch.cuda.is_available()
+    workers = given.workers or (GPU_WORKERS * torch.cuda.device_count() if on_gpu else 1)
+    if workers < 1:
+        raise UserError(f"--workers {workers}: must be at least 1")
+    budget = trials[0].budget
+    clock = Clock(given.minutes, known_seconds(RowFile(results).read(), budget.name, device_name()))
+    report = partial(write_answer, results=results, out=given.out, workers=workers)
+    wanted = needs({trial.arm.name: trial.arm for trial in trials}.values(), budget, given.scratch)
+    with Dumps(wanted, given.scratch / "logs") as dumps:
+        pool = Pool(trials, dumps, clock, workers, given.scratch, report, warm=on_gpu and not given.small)
+        left = pool.run()
+    if left:
+        print(f"not begun: {'; '.join(map(str, left))}. Run the same command again to go on", flush=True)
+
+
+def write_answer(trial: Trial, answer: Answer, *, results: Path, out: Path | None, workers: int) -> None:
+    """Add what became of a trial to the results, and copy them to `out`."""
+    name, seed, budget = trial.key
+    if "error" in answer:
+        print(f"{trial} failed: {answer['error']}", file=sys.stderr, flush=True)
+        failed = {"arm": name, "seed": seed, "budget": budget, "error": answer["error"]}
+        RowFile(results).add([{**failed, "date": datetime.now(UTC).date().isoformat()}])
+    else:
+        row = {**answer["row"], "workers": workers}
+        RowFile(results).add([answer["teacher"], row])
+        RowFile(curves_of(results)).add([answer["curve"]])
+        took = "  ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["seconds"].items())
+        heldout = row["heldout"]
+        print(
+            f"{trial}: KL {heldout['kl_full']:.4f}  CE {heldout['ce']:.4f}  "
+            f"{row['tokens_per_s']:,.0f} tokens/s  {row['peak_gb']:.1f} GB  seconds: {took}",
+            flush=True,
+        )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in (results, curves_of(results)):
+            if path.is_file():
+                shutil.copyfile(path, out / path.name)
+
+
+def show(rows: list[Row], budget: str) -> None:
+    """The tables on the screen."""
+    teacher = teacher_row(rows, budget)
+    if teacher is not None:
+        told = "; ".join(f"{text} CE {teacher[text]['ce']:.4f}, {teacher[text]['perplexity']:.2f} perplexity"
+                         for text in ("heldout", "other"))  # fmt: skip
+        print(f"\nteacher: {told}")
+    for name, question in QUESTIONS.items():
+        lines = question_table(rows, budget, name)
+        if lines:
+            print(f"\n{question.title} ({name}, {budget})\n{table(lines)}")
+    spread = noise(rows, budget, KL_TO_TEACHER)
+    if spread is not None:
+        print(f"\none seed's difference in KL between two arms has a standard deviation of {spread:.4f}")
+    costs = cost_table(rows, budget)
+    if costs:
+        print(f"\nseconds of each phase\n{table(costs)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,121 @@
+"""From rows to tables: means over seeds, their deviations, and differences to a question's reference.
+
+A difference is taken seed by seed, since arms of one seed begin with the same weights and see the same batches in the
+same order, and averaged over the seeds that both have. What a difference of one seed is worth, `noise` says: the
+standard deviation of such differences, pooled over all arms of the budget that have several seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from benchmarks.measured import Row
+from benchmarks.quality.arms import QUESTIONS
+from benchmarks.quality.results import TEACHER
+
+Measure = Callable[[Row], float]
+
+
+def measure(text: str, name: str) -> Measure:
+    """A figure of a row, for example ("heldout", "kl_full")."""
+    return lambda row: float(row[text][name])
+
+
+KL = measure("heldout", "kl_full")
+"""What arms are ordered by: nats per target between teacher and student over the whole vocabulary, on held-out text."""
+CE = measure("heldout", "ce")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over seeds, and the standard deviation of one seed; None with fewer than two."""
+
+    mean: float
+    deviation: float | None
+    seeds: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        return Spread(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+    def text(self, digits: int = 3, sign: bool = False) -> str:
+        shown = f"{self.mean:{'+' if sign else ''}.{digits}f}"
+        return shown if self.deviation is None else f"{shown} ± {self.deviation:.{digits}f}"
+
+
+def of_budget(rows: Sequence[Row], budget: str) -> dict[str, list[Row]]:
+    """Rows of figures of a budget, by arm."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["budget"] == budget and "error" not in row and row["arm"] != TEACHER:
+            found.setdefault(row["arm"], []).append(row)
+    return found
+
+
+def difference(arm: Sequence[Row], reference: Sequence[Row], what: Measure) -> Spread | None:
+    """Of the seeds that both have; None where they have none in common."""
+    theirs = {row["seed"]: what(row) for row in reference}
+    values = [what(row) - theirs[row["seed"]] for row in arm if row["seed"] in theirs]
+    return Spread.of(values) if values else None
+
+
+def noise(rows: Sequence[Row], budget: str, what: Measure) -> float | None:
+    """Standard deviation of one seed's difference between two arms, pooled over all arms and their tables' references;
+    None where no two arms share two seeds."""
+    arms = of_budget(rows, budget)
+    squares, freedom = 0.0, 0
+    for question, asked in QUESTIONS.items():
+        reference = arms.get(asked.reference, [])
+        for name, own in arms.items():
+            if name == asked.reference or question not in own[0]["question"]:
+                continue
+            found = difference(own, reference, what)
+            if found is not None and found.deviation is not None:
+                squares += found.deviation**2 * (found.seeds - 1)
+                freedom += found.seeds - 1
+    return math.sqrt(squares / freedom) if freedom else None
+
+
+def question_table(rows: Sequence[Row], budget: str, question: str) -> list[Row]:
+    """A row for each arm of a question, the reference first, then by the KL to the teacher; empty without figures."""
+    arms, reference = of_budget(rows, budget), QUESTIONS[question].reference
+    own = {name: found for name, found in arms.items() if question in found[0]["question"] or name == reference}
+    if not own.keys() - {reference}:
+        return []
+    order = sorted(own, key=lambda name: (name != reference, mean(map(KL, own[name]))))
+    return [_line(name, own[name], own.get(reference, []), name == reference) for name in order]
+
+
+def _line(name: str, own: Sequence[Row], reference: Sequence[Row], is_reference: bool) -> Row:
+    line: Row = {"arm": name, "seeds": len(own)}
+    for title, what in (("KL", KL), ("CE", CE)):
+        found = None if is_reference else difference(own, reference, what)
+        line[title] = Spread.of([what(row) for row in own]).text()
+        line[f"{title} - ref"] = "reference" if is_reference else found.text(4, sign=True) if found else "-"
+    line["ppl"] = f"{math.exp(mean(map(CE, own))):.1f}"
+    line["bits/byte"] = f"{mean(row['heldout']['bits_per_byte'] for row in own):.3f}"
+    line["top-1"] = f"{100 * mean(row['heldout']['top1_agreement'] for row in own):.1f}%"
+    line["other KL"] = Spread.of([row["other"]["kl_full"] for row in own]).text()
+    line["other CE"] = Spread.of([row["other"]["ce"] for row in own]).text()
+    return line
+
+
+def cost_table(rows: Sequence[Row], budget: str) -> list[Row]:
+    """Seconds of each phase, speed and memory by arm, means over seeds."""
+    phases = ("start", "prepare", "train", "save", "evaluate", "total")
+    lines = []
+    for name, own in of_budget(rows, budget).items():
+        line: Row = {"arm": name, "seeds": len(own)}
+        line |= {phase: round(mean(row["seconds"].get(phase, 0.0) for row in own), 1) for phase in phases}
+        line |= {"tokens/s": round(mean(row["tokens_per_s"] for row in own))}
+        lines.append({**line, "peak GB": round(max(row["peak_gb"] for row in own), 1)})
+    return lines
+
+
+def teacher_row(rows: Sequence[Row], budget: str) -> Row | None:
+    """The teacher's own figures on the texts that a budget is judged by."""
+    wanted = "small" if budget == "small" else TEACHER
+    return next((row for row in rows if row["arm"] == TEACHER and row["budget"] == wanted), None)

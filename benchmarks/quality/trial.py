@@ -1,0 +1,266 @@
+"""One arm with one seed, in this process: trained, evaluated on two texts, and turned into a row of figures."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import hashlib
+import importlib
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from benchmarks.measured import Row, device_name, versions
+from benchmarks.quality.arms import Arm, Budget
+from benchmarks.quality.results import TEACHER
+from benchmarks.train_case import peak_gb, pick_device, reset_peak, wait
+from pipeline.cache import Cache
+from pipeline.errors import UserError
+from pipeline.packages import exclusive
+from student.__main__ import main as train
+from student.evaluate import EvaluateOptions, FullTeacher, evaluate, load_teacher
+from student.module import KL_METRIC, DistillModule
+
+WARM_STEPS = 10
+"""Steps before the clock of tokens_per_s starts: kernels are compiled in the first ones of a process."""
+CURVE_POINTS = 60
+FIGURES = {"cross_entropy": "ce", "perplexity": "perplexity", "bits_per_byte": "bits_per_byte"}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An arm, a seed, how much it is trained, and where everything lies.
+
+    Attributes:
+        train, heldout, other: caches: to train on, and whose held-out rows judge.
+        run: the run's folder.
+        keep: leave it there.
+    """
+
+    arm: Arm
+    seed: int
+    budget: Budget
+    train: Path
+    heldout: Path
+    other: Path
+    run: Path
+    keep: bool = False
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        return self.arm.name, self.seed, self.budget.name
+
+    def __str__(self) -> str:
+        return f"{self.arm.name}, seed {self.seed}, {self.budget.name}"
+
+    def arguments(self) -> list[str]:
+        """The words after `python -m student`."""
+        given = {
+            "cache": self.train,
+            "run": self.run,
+            "seed_everything": self.seed,
+            "data.seed": self.seed,
+            "trainer.accelerator": "gpu" if torch.cuda.is_available() else "cpu",
+            "trainer.devices": 1,
+            **{name: json.dumps(value) for name, value in self.arm.options(self.budget).items()},
+        }
+        files = [word for path in self.arm.config_files() for word in ("--config", str(path))]
+        return [*files, *(f"--{name}={value}" for name, value in given.items())]
+
+
+class PhaseClock(Callback):
+    """When training began, was warm, and took its last step."""
+
+    def __init__(self) -> None:
+        self.began = self.warm = self.ended = 0.0
+        self.steps = self.warm_steps = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, DistillModule)
+        self.began = self.warm = time.perf_counter()
+        self.steps = pl_module.total_steps()
+        self.warm_steps = WARM_STEPS if self.steps >= 2 * WARM_STEPS else 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.warm_steps:
+            wait(pl_module.device)
+            self.warm = time.perf_counter()
+        if trainer.global_step == self.steps:
+            wait(pl_module.device)
+            self.ended = time.perf_counter()
+
+    def tokens_per_s(self, tokens_per_step: int) -> float:
+        return (self.steps - self.warm_steps) * tokens_per_step / (self.ended - self.warm)
+
+
+class RememberedTeacher:
+    """A teacher for `evaluate` that reads every batch of held-out rows once, however many students are evaluated."""
+
+    def __init__(self, teacher: FullTeacher) -> None:
+        self.teacher, self.vocab_size = teacher, teacher.vocab_size
+        self._hidden: dict[bytes, Tensor] = {}
+
+    def hidden(self, input_ids_BT: Tensor) -> Tensor:
+        key = hashlib.sha256(input_ids_BT.cpu().numpy().tobytes()).digest()
+        if key not in self._hidden:
+            self._hidden[key] = self.teacher.hidden(input_ids_BT)
+        return self._hidden[key]
+
+    def logits(self, h_ND: Tensor) -> Tensor:
+        return self.teacher.logits(h_ND)
+
+
+class Lab:
+    """Runs trials, as many as one likes in a process; keeps the teacher between them."""
+
+    def __init__(self, teacher: FullTeacher | None = None) -> None:
+        self.device = pick_device()
+        self._teacher = None if teacher is None else RememberedTeacher(teacher)
+
+    def run(self, trial: Trial) -> dict[str, Any]:
+        """Train and evaluate.
+
+        Returns:
+            `row` and `curve` of the trial, and `teacher`, the row with the teacher's own figures.
+
+        Raises:
+            UserError: what the student's commands raise.
+        """
+        try:
+            return self._run(trial)
+        finally:
+            if not trial.keep:
+                shutil.rmtree(trial.run, ignore_errors=True)
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # other processes share the card
+
+    def _run(self, trial: Trial) -> dict[str, Any]:
+        shutil.rmtree(trial.run, ignore_errors=True)  # of a process that was killed: its times are not known
+        reset_peak(self.device)
+        started = time.perf_counter()
+        words, seconds = trial.arguments(), {}
+        if trial.arm.start is not None:
+            words.append(f"--init_from={begin_from_teacher(trial)}")
+            seconds["start"] = time.perf_counter() - started
+        clock = PhaseClock()
+        module: type[DistillModule] = DistillModule
+        if trial.arm.teacher_in_loop:
+            from benchmarks.quality.online import OnlineModule
+
+            module = OnlineModule
+        before = time.perf_counter()
+        if train(words, module, [clock]) != 0:
+            raise UserError(f"{trial}: training was interrupted")
+        after = time.perf_counter()
+        seconds |= {
+            "prepare": clock.began - before,
+            "train": clock.ended - clock.began,
+            "save": after - clock.ended,
+        }
+        memory = peak_gb(self.device)["peak_gb"]
+        heldout = self.evaluate(trial, trial.heldout, "heldout")
+        other = self.evaluate(trial, trial.other, "other")
+        seconds["evaluate"] = time.perf_counter() - after
+        seconds["total"] = time.perf_counter() - started
+        spec = Cache(trial.train).spec
+        rows = int(trial.arm.options(trial.budget).get("data.batch_rows", 32))
+        common = {
+            "device": device_name(), "versions": versions(), "date": datetime.now(UTC).date().isoformat(),
+        }  # fmt: skip
+        row: Row = {
+            "arm": trial.arm.name,
+            "seed": trial.seed,
+            "budget": trial.budget.name,
+            "question": list(trial.arm.question),
+            "settings": trial.arm.settings(trial.budget),
+            "tokens": clock.steps * rows * spec.length,
+            "steps": clock.steps,
+            "trainable_parameters": heldout["trainable_parameters"],
+            "heldout": figures(heldout, "student"),
+            "other": figures(other, "student"),
+            "by_position": by_position(heldout, "student_cross_entropy"),
+            "start": trial.arm.start,
+            "seconds": seconds,
+            "tokens_per_s": clock.tokens_per_s(rows * spec.length),
+            "peak_gb": memory,
+            **common,
+        }
+        teacher: Row = {
+            "arm": TEACHER, "seed": 0, "budget": "small" if trial.budget.name == "small" else TEACHER,
+            "heldout": figures(heldout, "teacher"), "other": figures(other, "teacher"),
+            "by_position": by_position(heldout, "teacher_cross_entropy"), **common,
+        }  # fmt: skip
+        return {"row": row, "teacher": teacher, "curve": read_curve(trial)}
+
+    def evaluate(self, trial: Trial, cache: Path, name: str) -> dict[str, Any]:
+        """What `student.evaluate` finds on the held-out rows of a cache."""
+        options = EvaluateOptions(
+            run=str(trial.run), cache=str(cache), out=name, maps=0, full_kl=True, precision="bf16-mixed",
+            unigram_tokens=1,  # nobody asks for the unigram here
+            # The batch of training, so that nothing is compiled for another shape.
+            batch_rows=int(trial.arm.options(trial.budget).get("data.batch_rows", 32)),
+        )  # fmt: skip
+        if self._teacher is None:
+            self._teacher = RememberedTeacher(load_teacher(options, Cache(cache), self.device))
+        return evaluate(options, self._teacher)
+
+
+def begin_from_teacher(trial: Trial) -> Path:
+    """The run folder that `student.from_teacher` writes with the arm's `start`, made once for each seed.
+
+    Raises:
+        UserError: see there.
+    """
+    start = trial.arm.start
+    what = json.dumps([start, trial.seed, str(trial.train)], sort_keys=True)
+    folder = trial.run.parent / f"start-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+    with exclusive(trial.run.parent, folder.name):
+        if not (folder / "checkpoints" / "last.ckpt").is_file():
+            given = {
+                "run": folder, "cache": trial.train, "teacher": Cache(trial.train).manifest.teacher_path,
+                **{name: json.dumps(value) for name, value in (start or {}).items()},
+            }  # fmt: skip
+            command = importlib.import_module("student.from_teacher")
+            if command.main([f"--{name}={value}" for name, value in given.items()]):
+                raise UserError(f"{trial}: student.from_teacher was interrupted")
+    return folder
+
+
+def figures(found: dict[str, Any], who: str) -> dict[str, float]:
+    """An evaluation's figures of the student or the teacher, in nats per target unless the name says otherwise."""
+    result = {short: found[f"{who}_{name}"] for name, short in FIGURES.items()}
+    if who == "student":
+        result |= {name: found[name] for name in ("kl_full", "kl_k1", "top1_agreement")}
+    return {**result, "targets": found["targets"]}
+
+
+def by_position(found: dict[str, Any], measure: str) -> list[list[float]]:
+    """First position of each bin and the cross-entropy there."""
+    return [[row["first"], row[measure]] for row in found["by_position"]]
+
+
+def read_curve(trial: Trial) -> dict[str, Any]:
+    """Loss, cross-entropy and divergence by step out of metrics.csv, thinned."""
+    with open(trial.run / "metrics.csv", newline="", encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file) if line["train/loss"]]
+    every = -(-len(lines) // CURVE_POINTS) or 1
+    lines = lines[::-1][::every][::-1]  # the last one stays
+
+    def column(*names: str) -> list[float | None]:
+        values = [next((line[name] for name in names if line.get(name)), None) for line in lines]
+        return [None if value is None else float(value) for value in values]
+
+    name, seed, budget = trial.key
+    return {
+        "arm": name, "seed": seed, "budget": budget, "step": [int(line["step"]) for line in lines],
+        "loss": column("train/loss"), "ce": column("train/ce"), "kl": column(*KL_METRIC.values()),
+    }  # fmt: skip
