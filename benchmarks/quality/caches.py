@@ -101,9 +101,9 @@ class Dumps:
                 print(self.failed[name], file=sys.stderr, flush=True)
         while self._waiting and len(self._running) < self._at_once:
             name = self._waiting.pop(0)
-            with open(self._log(name), "wb") as log:
+            with open(self._log(name), "wb") as said_to:
                 process = subprocess.Popen(
-                    self.wanted[name].command(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                    self.wanted[name].command(), stdin=subprocess.DEVNULL, stdout=said_to, stderr=subprocess.STDOUT,
                     env={**os.environ, "VLLM_NO_USAGE_STATS": "1"}, start_new_session=True,
                 )  # fmt: skip
             self._running[name] = process, time.monotonic()

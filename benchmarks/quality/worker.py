@@ -21,9 +21,17 @@ import torch
 
 from benchmarks.quality.arms import BUDGETS, STUDENTS, load_arms
 from benchmarks.quality.trial import Lab, Trial
-from benchmarks.random_cache import benchmark_spec, write_random_cache
+from benchmarks.random_cache import benchmark_spec, random_columns, write_random_cache
+from benchmarks.train_case import pick_device
 from pipeline.errors import UserError, one_line
 from student.__main__ import main as train
+from student.checkpoint import load_student
+from student.evaluate import measure
+from student.group_reader import to_batch
+from student.map_file import MapCollector
+from student.metrics import Sums
+
+ROWS = 32
 
 
 def trial_of(order: dict[str, Any]) -> Trial:
@@ -40,16 +48,20 @@ def order_of(trial: Trial) -> dict[str, Any]:
 
 
 def warm_up(folder: Path) -> None:
-    """Two steps of the base student with alignment, in the shapes of a screening run: compiled code is kept on disk,
-    where other processes find it."""
-    spec = benchmark_spec(512, 49_152, 576, k=128, block=16)
+    """Two steps of the base student with alignment and a held-out batch, in the shapes of a screening run: compiled
+    code is kept on disk, where other processes find it."""
+    spec, device = benchmark_spec(512, 49_152, 576, k=128, block=16), pick_device()
     shutil.rmtree(folder, ignore_errors=True)
-    write_random_cache(folder / "cache", spec, 64 * spec.length, "cuda" if torch.cuda.is_available() else "cpu")
+    write_random_cache(folder / "cache", spec, 2 * ROWS * spec.length, device)
     options = {
         "cache": folder / "cache", "run": folder / "run", "model.loss.gamma": 0.05, "trainer.max_steps": 2,
         "trainer.devices": 1,
     }  # fmt: skip
     train(["--config", str(STUDENTS / "experiment.yaml"), *(f"--{name}={value}" for name, value in options.items())])
+    student = load_student(folder / "run")[0].float().to(device)
+    batch = to_batch(random_columns(spec, 0, 0, ROWS, torch.Generator(device).manual_seed(0)), spec).to(device)
+    nothing_V = torch.zeros(spec.vocab_size, dtype=torch.float64)
+    measure(student, batch, Sums(nothing_V, nothing_V.long()), MapCollector(0, 0), None, "bf16-mixed")
     shutil.rmtree(folder, ignore_errors=True)
 
 
