@@ -181,7 +181,7 @@ def chosen(arms: dict[str, Arm], names: Iterable[str] | None, question: str | No
         unknown = sorted(set(names) - arms.keys())
         if unknown:
             raise UserError(f"--arms {' '.join(unknown)}: no such file in {EXPERIMENTS}; known are {', '.join(arms)}")
-        return [arm for arm in arms.values() if arm.name in set(names)]
+        return [arms[name] for name in dict.fromkeys(names)]  # in the order that was asked for
     found = [arm for arm in arms.values() if budget.name != "headline" or arm.budget == "headline"]
     if question is None:
         return found
