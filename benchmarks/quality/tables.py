@@ -55,6 +55,12 @@ def of_budget(rows: Sequence[Row], budget: str) -> dict[str, list[Row]]:
     return found
 
 
+def of_question(rows: Sequence[Row], budget: str, question: str) -> dict[str, list[Row]]:
+    """Of those, the arms of a question and its reference."""
+    arms, reference = of_budget(rows, budget), QUESTIONS[question].reference
+    return {name: own for name, own in arms.items() if question in own[0]["question"] or name == reference}
+
+
 def difference(arm: Sequence[Row], reference: Sequence[Row], what: Measure) -> Spread | None:
     """Of the seeds that both have; None where they have none in common."""
     theirs = {row["seed"]: what(row) for row in reference}
@@ -81,8 +87,7 @@ def noise(rows: Sequence[Row], budget: str, what: Measure) -> float | None:
 
 def question_table(rows: Sequence[Row], budget: str, question: str) -> list[Row]:
     """A row for each arm of a question, the reference first, then by the KL to the teacher; empty without figures."""
-    arms, reference = of_budget(rows, budget), QUESTIONS[question].reference
-    own = {name: found for name, found in arms.items() if question in found[0]["question"] or name == reference}
+    own, reference = of_question(rows, budget, question), QUESTIONS[question].reference
     if not own.keys() - {reference}:
         return []
     order = sorted(own, key=lambda name: (name != reference, mean(map(KL, own[name]))))

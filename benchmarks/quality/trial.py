@@ -70,10 +70,16 @@ class Trial:
             "data.seed": self.seed,
             "trainer.accelerator": "gpu" if torch.cuda.is_available() else "cpu",
             "trainer.devices": 1,
-            **{name: json.dumps(value) for name, value in self.arm.options(self.budget).items()},
+            **self.arm.options(self.budget),
         }
         files = [word for path in self.arm.config_files() for word in ("--config", str(path))]
-        return [*files, *(f"--{name}={value}" for name, value in given.items())]
+        return [*files, *words(given)]
+
+
+def words(options: dict[str, Any]) -> list[str]:
+    """Dotted options as a command line has them."""
+    values = {name: value if isinstance(value, str | Path) else json.dumps(value) for name, value in options.items()}
+    return [f"--{name}={value}" for name, value in values.items()]
 
 
 class PhaseClock(Callback):
@@ -147,9 +153,9 @@ class Lab:
         shutil.rmtree(trial.run, ignore_errors=True)  # of a process that was killed: its times are not known
         reset_peak(self.device)
         started = time.perf_counter()
-        words, seconds = trial.arguments(), {}
+        arguments, seconds = trial.arguments(), {}
         if trial.arm.start is not None:
-            words.append(f"--init_from={begin_from_teacher(trial)}")
+            arguments.append(f"--init_from={begin_from_teacher(trial)}")
             seconds["start"] = time.perf_counter() - started
         clock = PhaseClock()
         module: type[DistillModule] = DistillModule
@@ -158,7 +164,7 @@ class Lab:
 
             module = OnlineModule
         before = time.perf_counter()
-        if train(words, module, [clock]) != 0:
+        if train(arguments, module, [clock]) != 0:
             raise UserError(f"{trial}: training was interrupted")
         after = time.perf_counter()
         seconds |= {
@@ -227,10 +233,10 @@ def begin_from_teacher(trial: Trial) -> Path:
         if not (folder / "checkpoints" / "last.ckpt").is_file():
             given = {
                 "run": folder, "cache": trial.train, "teacher": Cache(trial.train).manifest.teacher_path,
-                **{name: json.dumps(value) for name, value in (start or {}).items()},
+                **(start or {}),
             }  # fmt: skip
             command = importlib.import_module("student.from_teacher")
-            if command.main([f"--{name}={value}" for name, value in given.items()]):
+            if command.main(words(given)):
                 raise UserError(f"{trial}: student.from_teacher was interrupted")
     return folder
 
