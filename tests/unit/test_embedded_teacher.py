@@ -143,7 +143,7 @@ def test_a_damaged_folder_is_not_taken_for_ready(copy: Path, fault: str) -> None
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(UserError, match="embedded:llama is no .* embedded:enwik8, embedded:shakespeare, embedded:smollm2-135m"):
+    with pytest.raises(UserError, match="embedded:llama is no .* embedded:enwik8, .*, embedded:smollm2-135m"):
         resolve_embedded("embedded:llama", DATA)
 
 

@@ -33,9 +33,7 @@ def dump(name: str) -> DumpConfig:
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", ARMS)
-def test_every_option_exists_and_its_dump_serves_it(
-    name: str, budget: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_option_exists_and_its_dump_serves_it(name: str, budget: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:  # the parser prints what it made of the words
         train([*trial(ARMS[name], budget).arguments(), "--print_config"])
     assert ended.value.code == 0

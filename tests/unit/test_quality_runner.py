@@ -1,0 +1,256 @@
+"""The runner on toy caches: one trial, whole processes, time limits, what is written when."""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_cache import toy_logits, write_toy_cache
+from torch import Tensor
+
+from benchmarks.quality.__main__ import main, trials_of
+from benchmarks.quality.arms import BUDGETS, load_arms
+from benchmarks.quality.pool import Clock, known_seconds
+from benchmarks.quality.results import RowFile, curves_of
+from benchmarks.quality.trial import Lab, RememberedTeacher, Trial
+from pipeline.cache import Cache
+from pipeline.commit import commit_json, read_json
+from pipeline.errors import UserError
+from student.__main__ import main as train
+from student.data import SplitLoader
+
+VOCAB, WIDTH, LENGTH = 61, 288, 32  # the 9 heads of the experiments' student divide the widths
+STEPS, ROWS = 2, 2
+
+
+def toy_teacher(folder: Path) -> Path:
+    """A Transformer of the toy caches' vocabulary, random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, max_position_embeddings=LENGTH, **shape)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scratch folder in which every dump of the budget `small` has been made."""
+    folder = tmp_path_factory.mktemp("scratch")
+    teacher = toy_teacher(folder / "teacher")
+    for name in ("experiment", "experiment-hidden", "experiment-draws", "experiment-other"):
+        window, heldout = int(name.endswith("hidden")), int(name in ("experiment", "experiment-other"))
+        cache = write_toy_cache(
+            folder / "caches" / "small" / name, units=BUDGETS["small"].shards, heldout_units=heldout, rows=ROWS,
+            length=LENGTH, k=16, block=8, width=WIDTH, window=window,
+        )  # fmt: skip
+        manifest = read_json(cache / "manifest.json")
+        commit_json(cache / "manifest.json", {**manifest, "teacher_path": str(teacher)})
+    return folder
+
+
+class Table:
+    """A teacher whose logits are looked up, and which counts how often it is asked."""
+
+    vocab_size = VOCAB
+
+    def __init__(self, *caches: Path) -> None:
+        self.asked = 0
+        self.given: dict[tuple[int, ...], Tensor] = {}
+        for cache in caches:
+            batch = next(iter(SplitLoader([Cache(cache)], "heldout", 100)))
+            logits_BTV = torch.from_numpy(toy_logits(cache, "heldout", 0))
+            self.given |= {tuple(row.tolist()): logits_BTV[i] for i, row in enumerate(batch.input_ids_BT)}
+
+    def hidden(self, input_ids_BT: Tensor) -> Tensor:
+        self.asked += 1
+        return torch.stack([self.given[tuple(row.tolist())] for row in input_ids_BT])
+
+    def logits(self, h_ND: Tensor) -> Tensor:
+        return h_ND
+
+
+def trial(scratch: Path, run: Path, arm: str, seed: int = 0, keep: bool = False) -> Trial:
+    caches = scratch / "caches" / "small"
+    found = load_arms()[arm]
+    return Trial(
+        found, seed, BUDGETS["small"], caches / found.cache, caches / "experiment", caches / "experiment-other",
+        run / f"{arm}-{seed}", keep,
+    )  # fmt: skip
+
+
+def test_a_trial_becomes_a_row(scratch: Path, tmp_path: Path) -> None:
+    caches = scratch / "caches" / "small"
+    teacher = Table(caches / "experiment", caches / "experiment-other")
+    lab = Lab(teacher)
+    # The same text is held out in both toy caches, so what is found must be the same.
+    first = lab.run(trial(scratch, tmp_path, "delta", keep=True))
+    row = first["row"]
+    assert (row["arm"], row["seed"], row["budget"], row["question"][0]) == ("delta", 0, "small", "signal")
+    assert (row["steps"], row["tokens"]) == (STEPS, STEPS * ROWS * LENGTH)
+    assert row["heldout"] == row["other"] and row["heldout"]["targets"] == ROWS * LENGTH
+    written = read_json(tmp_path / "delta-0" / "evaluation-heldout.json")
+    assert row["heldout"]["ce"] == written["student_cross_entropy"]
+    assert row["heldout"]["kl_full"] == written["kl_full"] > 0
+    assert row["trainable_parameters"] == written["trainable_parameters"]
+    assert first["teacher"]["heldout"]["ce"] == written["teacher_cross_entropy"] < row["heldout"]["ce"]
+    assert [place for place, _ in row["by_position"]] == [0, 1, 2, 4, 8, 16]
+    assert set(row["seconds"]) == {"prepare", "train", "save", "evaluate", "total"}
+    parts = sum(seconds for name, seconds in row["seconds"].items() if name != "total")
+    assert 0.5 * row["seconds"]["total"] < parts <= row["seconds"]["total"]
+    assert first["curve"]["step"] == [1, 2] and all(value > 0 for value in first["curve"]["kl"])
+    json.dumps(first, allow_nan=False)
+
+    asked = teacher.asked
+    again, other = (lab.run(trial(scratch, tmp_path, "delta", seed))["row"] for seed in (0, 1))
+    assert teacher.asked == asked  # it has read these rows
+    assert again["heldout"] == row["heldout"]  # nothing of a run is left in the process
+    assert other["heldout"]["ce"] != row["heldout"]["ce"]
+    assert not (tmp_path / "delta-1").exists()
+
+
+@pytest.mark.parametrize("arm", ["ce", "paper", "frobenius-w16", "renormalised-k8", "tail-k8", "attention-signed-drop"])
+def test_arms_of_every_kind_train(scratch: Path, tmp_path: Path, arm: str) -> None:
+    caches = scratch / "caches" / "small"
+    found = Lab(Table(caches / "experiment")).run(trial(scratch, tmp_path, arm))
+    assert (found["curve"]["kl"][0] is None) is (arm == "ce")
+    assert found["row"]["heldout"]["kl_full"] > 0
+
+
+def test_arms_of_one_seed_begin_alike_and_see_the_same_rows(scratch: Path, tmp_path: Path) -> None:
+    lab = Lab(Table(scratch / "caches" / "small" / "experiment"))
+    first = {arm: lab.run(trial(scratch, tmp_path, arm))["curve"]["ce"][0] for arm in ("ce", "tail-k8", "paper")}
+    assert len(set(first.values())) == 1  # the cross-entropy of the first batch, whatever the loss and the cache
+
+
+def test_runs_in_one_process_leave_nothing_behind(scratch: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), threading.active_count()
+    last: list[list[str]] = []
+    for number in range(3):
+        run = trial(scratch, tmp_path / str(number), "ce")
+        assert train(run.arguments()) == 0
+        lines = (run.run / "metrics.csv").read_text().splitlines()
+        last.append(lines[-1].split(",")[2:4])
+    assert last[0] == last[1] == last[2]  # loss and cross-entropy of the last step
+    gc.collect()  # trainer and module know each other: only this frees them, and stops their loaders' threads
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before[2] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert threading.active_count() <= before[2]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before[:2]
+
+
+def test_the_command_takes_up_what_is_missing(scratch: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Worker processes as a user has them: an arm that fails is recorded, the others go on, and a second call does the
+    rest."""
+    words = ["--small", "--scratch", str(scratch), "--results", str(tmp_path / "quality.json")]
+    names = ["--arms", "ce", "sampled-k8", "delta", "online"]
+    assert main([*words, *names, "--out", str(tmp_path / "out")]) == 0
+    said = capfd.readouterr()
+    rows = {row["arm"]: row for row in RowFile(tmp_path / "quality.json").read()}
+    assert rows.keys() == {"teacher", "ce", "sampled-k8", "delta", "online"}
+    assert "no column `tail_ids`" in rows["sampled-k8"]["error"] and "no column `tail_ids`" in said.err
+    assert "heldout" not in rows["sampled-k8"]
+    assert "Which KL, and what does a cache lose? (divergence, small)" in said.out and "4 without figures" in said.out
+    assert (tmp_path / "out" / "quality.json").read_bytes() == (tmp_path / "quality.json").read_bytes()
+    curves = RowFile(tmp_path / "out" / "quality_curves.json").read()
+    assert {curve["arm"] for curve in curves} == {"ce", "delta", "online"}
+    assert not list((scratch / "runs").glob("small-*"))
+
+    assert main([*words, *names, "--list"]) == 0
+    assert capfd.readouterr().out.splitlines()[1:] == ["sampled-k8, seed 0, small"]
+    assert main([*words, "--arms", "ce", "--seeds", "0", "1", "--minutes", "0"]) == 0
+    assert "not begun: ce, seed 1, small" in capfd.readouterr().out
+    assert len(RowFile(tmp_path / "quality.json").read()) == 5
+
+
+def test_figures_of_other_settings_are_missing(tmp_path: Path) -> None:
+    arms, budget = [load_arms()["ce"]], BUDGETS["screen"]
+    row = {"arm": "ce", "seed": 0, "budget": "screen", "settings": arms[0].settings(budget)}
+
+    def missing(row: dict[str, object]) -> list[tuple[str, int, str]]:
+        return [trial.key for trial in trials_of(arms, [0], budget, [row], tmp_path)]
+
+    assert missing(row) == []
+    for change in ({"settings": "0"}, {"seed": 1}, {"budget": "headline"}, {"error": "it failed"}):
+        assert missing({**row, **change}) == [("ce", 0, "screen")]
+
+
+def test_seeds_come_before_arms(tmp_path: Path) -> None:
+    arms = [load_arms()[name] for name in ("ce", "delta")]
+    found = [trial.key[:2] for trial in trials_of(arms, [0, 1], BUDGETS["screen"], [], tmp_path)]
+    assert found == [("ce", 0), ("delta", 0), ("ce", 1), ("delta", 1)]
+
+
+def test_nothing_is_begun_that_would_not_end_in_time() -> None:
+    clock = Clock(minutes=2.0, started=time.monotonic() - 60)
+    assert clock.fits()  # nothing is known yet
+    clock.note(90, first=True)
+    assert not clock.fits()
+    clock.note(50, first=False)  # kernels were loaded in the first one
+    assert clock.fits()
+    clock.note(61, first=False)
+    assert not clock.fits()
+    assert Clock(minutes=None).fits()
+    assert not Clock(minutes=1.0, known=[70.0]).fits()
+
+
+def test_what_trials_took_is_known_for_the_device_and_budget() -> None:
+    row = {"budget": "screen", "device": "A", "seconds": {"total": 9.0}}
+    rows = [row, {**row, "device": "B"}, {**row, "budget": "headline"}, {"budget": "screen", "error": "x"}]
+    assert known_seconds(rows, "screen", "A") == [9.0]
+
+
+def test_rows_are_replaced_by_key_and_never_by_errors(tmp_path: Path) -> None:
+    file = RowFile(tmp_path / "deep" / "quality.json")
+    assert file.read() == []
+    key = {"arm": "ce", "seed": 0, "budget": "screen"}
+    file.add([{**key, "error": "first"}, {**key, "seed": 1, "value": 1.23456789}])
+    file.add([{**key, "value": 2.0}])
+    file.add([{**key, "error": "later"}])
+    assert file.read() == [{**key, "value": 2.0}, {**key, "seed": 1, "value": 1.23457}]
+    assert [path.name for path in file.path.parent.iterdir()] == ["quality.json"]
+    file.path.write_text('{"rows": [{"arm": "ce"}]}')
+    with pytest.raises(UserError, match="quality.json holds no rows"):
+        file.read()
+
+
+def test_runners_may_add_at_the_same_time(tmp_path: Path) -> None:
+    file = RowFile(tmp_path / "quality.json")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda seed: file.add([{"arm": "a", "seed": seed, "budget": "screen"}]), range(40)))
+    assert sorted(row["seed"] for row in file.read()) == list(range(40))
+
+
+def test_merging_files_of_other_machines(tmp_path: Path) -> None:
+    for name, seed in (("here", 0), ("there", 1)):
+        row = {"arm": "ce", "seed": seed, "budget": "screen"}
+        path = tmp_path / name / "quality.json"
+        RowFile(path).add([row])
+        RowFile(curves_of(path)).add([{**row, "step": [1]}])
+    here = tmp_path / "here" / "quality.json"
+    assert main(["--results", str(here), "--merge", str(tmp_path / "there" / "quality.json")]) == 0
+    for path in (here, curves_of(here)):
+        assert [row["seed"] for row in RowFile(path).read()] == [0, 1]
+
+
+def test_a_remembered_teacher_tells_batches_apart() -> None:
+    class Counting:
+        vocab_size = 5
+
+        def hidden(self, input_ids_BT: Tensor) -> Tensor:
+            return input_ids_BT[..., None].float()
+
+        def logits(self, h_ND: Tensor) -> Tensor:
+            return h_ND
+
+    teacher = RememberedTeacher(Counting())
+    a, b = torch.tensor([[1, 2]]), torch.tensor([[2, 1]])
+    assert teacher.hidden(a) is teacher.hidden(a.clone()) and not torch.equal(teacher.hidden(a), teacher.hidden(b))

@@ -1,0 +1,116 @@
+"""Tables and report of made-up figures: the arithmetic of differences and noise, and a page that holds no others."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.measured import Row
+from benchmarks.quality.report import verdicts, write_report
+from benchmarks.quality.tables import KL, Spread, cost_table, difference, noise, of_budget, question_table, teacher_row
+from pipeline.errors import UserError
+
+
+def row(arm: str, seed: int, kl: float, question: list[str], **changes: object) -> Row:
+    figures = {
+        "ce": kl + 3.0, "perplexity": math.exp(kl + 3.0), "bits_per_byte": 1.5, "kl_full": kl, "kl_k1": 0.9 * kl,
+        "top1_agreement": 0.5, "targets": 262_144,
+    }  # fmt: skip
+    seconds = {"prepare": 1.0, "train": 10.0, "save": 1.0, "evaluate": 3.0, "total": 15.0}
+    return {
+        "arm": arm, "seed": seed, "budget": "screen", "question": question, "heldout": figures,
+        "other": {**figures, "ce": kl + 4.0}, "by_position": [[0, 8.0], [1, 6.0], [2, 5.0]], "seconds": seconds,
+        "tokens": 4_194_304, "steps": 256, "trainable_parameters": 12_345_678, "tokens_per_s": 400_000.0,
+        "peak_gb": 3.0, "device": "some GPU", **changes,
+    }  # fmt: skip
+
+
+ROWS = [
+    *(row("ce", seed, kl, ["signal"]) for seed, kl in ((0, 1.50), (1, 1.54))),
+    *(row("delta", seed, kl, ["signal", "mix"]) for seed, kl in ((0, 1.20), (1, 1.22))),
+    *(row("mix-0.9", seed, kl, ["signal", "mix"]) for seed, kl in ((0, 1.21), (1, 1.205))),
+    row("mix-0.1", 2, 1.4, ["mix"]),
+    row("online", 0, 1.0, ["signal"], budget="headline"),
+    {"arm": "paper", "seed": 0, "budget": "screen", "error": "it failed"},
+]
+TEACHER: Row = {**row("teacher", 0, 0.0, []), "budget": "teacher"}
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    arms = of_budget(ROWS, "screen")
+    assert list(arms) == ["ce", "delta", "mix-0.9", "mix-0.1"]
+    found = difference(arms["delta"], arms["ce"], KL)
+    assert found is not None and found.seeds == 2
+    assert found.mean == pytest.approx(-0.31) and found.deviation == pytest.approx(math.sqrt(2) * 0.01)
+    assert difference(arms["mix-0.1"], arms["delta"], KL) is None  # no seed in common
+    assert Spread.of([1.0]).text() == "1.000" and Spread.of([1.0, 3.0]).text(1, sign=True) == "+2.0 ± 1.4"
+
+
+def test_noise_is_pooled_over_arms_and_tables() -> None:
+    # Differences by seed: signal: delta -0.30, -0.32; mix-0.9 -0.29, -0.335; mix: mix-0.9 +0.01, -0.015.
+    variances = [0.02**2 / 2, 0.045**2 / 2, 0.025**2 / 2]
+    assert noise(ROWS, "screen", KL) == pytest.approx(math.sqrt(sum(variances) / 3))
+    assert noise(ROWS, "headline", KL) is None
+
+
+def test_a_table_has_the_reference_first_then_the_nearest() -> None:
+    lines = question_table(ROWS, "screen", "mix")
+    assert [line["arm"] for line in lines] == ["delta", "mix-0.9", "mix-0.1"]
+    assert [line["KL - ref"] for line in lines] == ["reference", "-0.0025 ± 0.0177", "-"]
+    assert lines[0]["KL"] == "1.210 ± 0.014" and lines[2]["KL"] == "1.400" and lines[2]["seeds"] == 1
+    assert lines[0]["other CE"] == "5.210 ± 0.014" and lines[0]["top-1"] == "50.0%"
+    assert question_table(ROWS, "screen", "k") == []  # its reference alone is no table
+    assert [line["arm"] for line in question_table(ROWS, "headline", "signal")] == ["online"]
+
+
+def test_costs() -> None:
+    line = cost_table(ROWS, "screen")[0]
+    assert (line["arm"], line["train"], line["start"], line["tokens/s"]) == ("ce", 10.0, 0.0, 400_000)
+
+
+def test_a_verdict_needs_more_than_twice_the_noise() -> None:
+    said = verdicts(ROWS, "screen", "signal")
+    assert (
+        said == "Nearer to the teacher than `ce` by more than twice the noise: `delta` (-0.3100), `mix-0.9` (-0.3125)."
+    )
+    assert verdicts(ROWS, "screen", "mix") == "Not told apart from `delta`: `mix-0.9` (-0.0025)."
+    assert verdicts(ROWS, "headline", "signal") == ""
+    worse = [*ROWS, *(row("ce-2", seed, 1.7, ["signal"]) for seed in (0, 1))]
+    assert "Farther from it than `ce`: `ce-2` (+0.1800)." in verdicts(worse, "screen", "signal")
+
+
+def test_the_report_is_written_from_rows_alone(tmp_path: Path) -> None:
+    curves = [{"arm": "ce", "seed": 0, "budget": "screen", "step": [10, 20], "ce": [9.0, 8.0]}]
+    page = write_report([TEACHER, *ROWS], curves, tmp_path)
+    text = page.read_text()
+    assert "$" not in text and "12,345,678 trained" in text and "some GPU" in text
+    for told in (
+        "262,144 held-out targets",
+        "4.2 million token positions, 256 steps, 4 arms, seeds 0, 1, 2",
+        "0.0234 nats",
+    ):
+        assert told in text
+    assert "| `delta` | 2 | 1.210 ± 0.014 | -0.3100 ± 0.0141 |" in text
+    assert "3.000 nats (20.1 perplexity" in text and "it failed" not in text
+    pictures = re.findall(r"\]\((results/[^)]+\.png)\)", text)
+    assert sorted(pictures) == sorted(f"results/{path.name}" for path in (tmp_path / "results").iterdir())
+    assert {"results/signal-screen.png", "results/curves-screen.png", "results/mix-screen.png"} <= set(pictures)
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    assert "## How many ids does a cache need?" not in text  # nothing was measured
+    again = write_report([TEACHER, *ROWS], curves, tmp_path).read_text()
+    assert again == text
+
+
+def test_without_figures_there_is_no_page(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no figures to report yet"):
+        write_report([TEACHER, ROWS[-1]], [], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_small_budget_has_a_teacher_of_its_own() -> None:
+    small = {**TEACHER, "budget": "small"}
+    assert teacher_row([TEACHER, small], "small") is small
+    assert teacher_row([TEACHER, small], "screen") is TEACHER
