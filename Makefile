@@ -30,7 +30,7 @@ ENGINES = $(if $(GPUS),--gpus $(GPUS)) $(if $(TP),--engine.tensor_parallel $(TP)
 AGAIN = $(MAKE) --no-print-directory ARGS=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready demo test lint dump-teacher first-dump train-student eval zero-shot attention-distance generate export inspect verify card report bench chaos clean
+.PHONY: help setup ready demo test lint dump-teacher first-dump train-student eval zero-shot attention-distance generate export inspect verify card report bench experiments chaos clean
 
 help: ## show this
 	@echo "make TARGET [VARIABLE=value ...]"; echo
@@ -110,6 +110,9 @@ report: ready ## one HTML page on cache and run
 
 bench: ready ## measure: storage, and on a GPU kernels and dump throughput; tables and benchmarks/results
 	$(PY) -m benchmarks
+
+experiments: ready ## train and evaluate the arms of manifests/experiments that have no figures yet (wants a GPU)
+	$(PY) -m benchmarks.quality $(ARGS)
 
 chaos: ready ## harm caches, checkpoints and writers on purpose and count what goes wrong (36 minutes on 2 cores)
 	PYTHONPATH=.:tests $(PY) -m chaos --json benchmarks/results/chaos.json $(ARGS)

