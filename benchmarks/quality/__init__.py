@@ -10,3 +10,8 @@ results.py    benchmarks/results/quality.json
 tables.py     means, deviations, differences to a question's reference
 report.py     docs/results.md and its plots, out of quality.json alone
 """
+
+import time
+
+STARTED = time.monotonic()
+"""When this process began to import it: before what takes long."""

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measured import Row, device_name, table
+from benchmarks.quality import STARTED
 from benchmarks.quality.arms import BUDGETS, HELDOUT_CACHE, OTHER_CACHE, QUESTIONS, Arm, Budget, chosen, load_arms
 from benchmarks.quality.caches import Dumps, needs
 from benchmarks.quality.pool import Answer, Clock, Pool, known_seconds
@@ -121,14 +122,14 @@ def run(trials: list[Trial], results: Path, given: argparse.Namespace) -> None:
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     budget = trials[0].budget
-    clock = Clock(given.minutes, known_seconds(RowFile(results).read(), budget.name, device_name()))
+    clock = Clock(given.minutes, known_seconds(RowFile(results).read(), budget.name, device_name()), STARTED)
     report = partial(write_answer, results=results, out=given.out, workers=workers)
     wanted = needs({trial.arm.name: trial.arm for trial in trials}.values(), budget, given.scratch)
     with Dumps(wanted, given.scratch / "logs") as dumps:
         pool = Pool(trials, dumps, clock, workers, given.scratch, report, warm=on_gpu and not given.small)
         left = pool.run()
     if left:
-        print(f"not begun: {'; '.join(map(str, left))}. Run the same command again to go on", flush=True)
+        print(f"left: {'; '.join(map(str, left))}. Run the same command again to go on", flush=True)
 
 
 def write_answer(trial: Trial, answer: Answer, *, results: Path, out: Path | None, workers: int) -> None:

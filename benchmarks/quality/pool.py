@@ -23,6 +23,8 @@ from benchmarks.quality.trial import Trial
 from benchmarks.quality.worker import order_of
 
 POLL_SECONDS = 0.5
+GRACE_SECONDS = 45.0
+"""So long after its minutes a runner waits for what it began in time."""
 MOST_LOST = 4
 """Processes that may end unasked before no more are started."""
 Answer = dict[str, Any]
@@ -51,6 +53,10 @@ class Clock:
         if self.minutes is None:
             return True
         return time.monotonic() - self.started + self.estimate() <= 60 * self.minutes
+
+    def overdue(self) -> bool:
+        """Whether a trial under way took so much longer than was thought that it is given up."""
+        return self.minutes is not None and time.monotonic() - self.started > 60 * self.minutes + GRACE_SECONDS
 
     def estimate(self) -> float:
         """Seconds of a trial: the longest seen in this run, else before it; 0 where nothing is known."""
@@ -139,7 +145,7 @@ class Pool:
         self.lost = 0
 
     def run(self) -> list[Trial]:
-        """Until all is done or nothing more fits; returns the trials that were not begun."""
+        """Until all is done or nothing more fits; returns the trials that were not begun, or not ended in time."""
         for _ in range(self.wanted):
             self._start()
         if self.warm and self.workers:
@@ -153,6 +159,8 @@ class Pool:
                     not self.waiting or not self.workers or not self.clock.fits()
                 ):
                     return self.waiting
+                if self.clock.overdue():
+                    return [*self.waiting, *(worker.trial for worker in self.workers if worker.trial is not None)]
                 with contextlib.suppress(queue.Empty):
                     self._take(*self.answers.get(timeout=POLL_SECONDS))
         finally:
@@ -184,8 +192,9 @@ class Pool:
         trial, was_busy = worker.trial, worker.busy
         worker.busy, worker.trial = False, None
         if was_busy and trial is None:
-            self.warm = False
-            print(f"warm after {time.monotonic() - worker.since:.0f} s", flush=True)
+            self.warm = False  # also where it failed: the first trials compile for themselves, or say what is wrong
+            said = (answer or {}).get("error", "")
+            print(f"warm after {time.monotonic() - worker.since:.0f} s{said and f': {said}'}", flush=True)
         if answer is None or answer.pop("last", False):
             self._lose(worker)
         if trial is None:

@@ -167,7 +167,7 @@ def test_the_command_takes_up_what_is_missing(scratch: Path, tmp_path: Path, cap
     assert main([*words, *names, "--list"]) == 0
     assert capfd.readouterr().out.splitlines()[1:] == ["sampled-k8, seed 0, small"]
     assert main([*words, "--arms", "ce", "--seeds", "0", "1", "--minutes", "0"]) == 0
-    assert "not begun: ce, seed 1, small" in capfd.readouterr().out
+    assert "left: ce, seed 1, small" in capfd.readouterr().out
     assert len(RowFile(tmp_path / "quality.json").read()) == 5
 
 
@@ -198,7 +198,8 @@ def test_nothing_is_begun_that_would_not_end_in_time() -> None:
     assert clock.fits()
     clock.note(61, first=False)
     assert not clock.fits()
-    assert Clock(minutes=None).fits()
+    assert Clock(minutes=None).fits() and not Clock(minutes=None).overdue()
+    assert not clock.overdue() and Clock(minutes=0.1, started=time.monotonic() - 60).overdue()
     assert not Clock(minutes=1.0, known=[70.0]).fits()
 
 
