@@ -5,14 +5,18 @@ from __future__ import annotations
 import gc
 import json
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers_cache import toy_logits, write_toy_cache
+from helpers_run import write_run
 from torch import Tensor
 
 from benchmarks.quality.__main__ import main, trials_of
@@ -25,6 +29,7 @@ from pipeline.commit import commit_json, read_json
 from pipeline.errors import UserError
 from student.__main__ import main as train
 from student.data import SplitLoader
+from student.model import StudentConfig
 
 VOCAB, WIDTH, LENGTH = 61, 288, 32  # the 9 heads of the experiments' student divide the widths
 STEPS, ROWS = 2, 2
@@ -128,6 +133,31 @@ def test_arms_of_one_seed_begin_alike_and_see_the_same_rows(scratch: Path, tmp_p
     lab = Lab(Table(scratch / "caches" / "small" / "experiment"))
     first = {arm: lab.run(trial(scratch, tmp_path, arm))["curve"]["ce"][0] for arm in ("ce", "tail-k8", "paper")}
     assert len(set(first.values())) == 1  # the cross-entropy of the first batch, whatever the loss and the cache
+
+
+def test_an_arm_may_begin_from_a_run_made_of_the_teacher(
+    scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its start is made once for each seed, by the options of the manifest."""
+    asked: list[dict[str, str]] = []
+
+    def main(words: list[str]) -> int:
+        given = dict(word.removeprefix("--").split("=", 1) for word in words)
+        asked.append(given)
+        shape = StudentConfig(blocks=2, heads=9, final_norm="teacher")
+        write_run(Path(given["run"]), Path(given["cache"]), shape, seed=7)
+        return 0
+
+    monkeypatch.setitem(sys.modules, "student.from_teacher", SimpleNamespace(main=main))
+    lab = Lab(Table(scratch / "caches" / "small" / "experiment"))
+    plain = trial(scratch, tmp_path, "ce")
+    start = {"align_tokens": 4096}
+    begun = [replace(plain, arm=replace(plain.arm, start=start), seed=seed) for seed in (0, 0, 1)]
+    found = [lab.run(each) for each in begun]
+    assert [(given["align_tokens"], given["teacher"]) for given in asked] == 2 * [("4096", str(scratch / "teacher"))]
+    first = [each["curve"]["ce"][0] for each in found]
+    assert first[0] == first[1] != lab.run(plain)["curve"]["ce"][0]
+    assert found[0]["row"]["start"] == start and found[0]["row"]["seconds"]["start"] > 0
 
 
 def test_runs_in_one_process_leave_nothing_behind(scratch: Path, tmp_path: Path) -> None:
