@@ -32,6 +32,7 @@ from benchmarks.quality.trial import Trial
 from pipeline.errors import UserError, run_command
 
 GPU_WORKERS = 4
+LOG_BYTES = 20_000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,17 +124,18 @@ def run(trials: list[Trial], results: Path, given: argparse.Namespace) -> None:
         raise UserError(f"--workers {workers}: must be at least 1")
     budget = trials[0].budget
     clock = Clock(given.minutes, known_seconds(RowFile(results).read(), budget.name, device_name()), STARTED)
-    report = partial(write_answer, results=results, out=given.out, workers=workers)
+    logs = given.scratch / "logs"
+    report = partial(write_answer, results=results, out=given.out, workers=workers, logs=logs)
     wanted = needs({trial.arm.name: trial.arm for trial in trials}.values(), budget, given.scratch)
-    with Dumps(wanted, given.scratch / "logs") as dumps:
+    with Dumps(wanted, logs) as dumps:
         pool = Pool(trials, dumps, clock, workers, given.scratch, report, warm=on_gpu and not given.small)
         left = pool.run()
     if left:
         print(f"left: {'; '.join(map(str, left))}. Run the same command again to go on", flush=True)
 
 
-def write_answer(trial: Trial, answer: Answer, *, results: Path, out: Path | None, workers: int) -> None:
-    """Add what became of a trial to the results, and copy them to `out`."""
+def write_answer(trial: Trial, answer: Answer, *, results: Path, out: Path | None, workers: int, logs: Path) -> None:
+    """Add what became of a trial to the results; copy them to `out`, and the ends of what dumps and workers said."""
     name, seed, budget = trial.key
     if "error" in answer:
         print(f"{trial} failed: {answer['error']}", file=sys.stderr, flush=True)
@@ -155,6 +157,15 @@ def write_answer(trial: Trial, answer: Answer, *, results: Path, out: Path | Non
         for path in (results, curves_of(results)):
             if path.is_file():
                 shutil.copyfile(path, out / path.name)
+        ends = [f"== {path.name}\n{end_of(path)}" for path in sorted(logs.glob("*.log"))]
+        (out / "quality_logs.txt").write_text("\n".join(ends), encoding="utf-8")
+
+
+def end_of(path: Path) -> str:
+    """The last `LOG_BYTES` of a file."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - LOG_BYTES))
+        return file.read().decode(errors="replace")
 
 
 def show(rows: list[Row], budget: str) -> None:

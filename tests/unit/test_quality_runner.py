@@ -190,6 +190,7 @@ def test_the_command_takes_up_what_is_missing(scratch: Path, tmp_path: Path, cap
     assert "heldout" not in rows["sampled-k8"]
     assert "Which KL, and what does a cache lose? (divergence, small)" in said.out and "4 without figures" in said.out
     assert (tmp_path / "out" / "quality.json").read_bytes() == (tmp_path / "quality.json").read_bytes()
+    assert "no column `tail_ids`" in (tmp_path / "out" / "quality_logs.txt").read_text()
     curves = RowFile(tmp_path / "out" / "quality_curves.json").read()
     assert {curve["arm"] for curve in curves} == {"ce", "delta", "online"}
     assert not list((scratch / "runs").glob("small-*"))
