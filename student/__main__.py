@@ -20,14 +20,13 @@ import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning import Callback
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.config import check_files_exist
 from pipeline.errors import UserError, run_command
-from student.callbacks import BEST, LAST, Interrupted, LogLines, RunCheckpoint
+from student.callbacks import BEST, LAST, Interrupted, LogLines, RunCheckpoint, TrainBar
 from student.checkpoint import RunRecord
 from student.data import CacheDataModule
 from student.identity import Teaching, cache_record, require_same_teacher
@@ -99,7 +98,7 @@ class TrainCLI(LightningCLI):
         self.log_lines = LogLines()
         # What the bar shows must come from the device, and the host waits for it.
         every = 20 if torch.cuda.is_available() else 1
-        display = TQDMProgressBar(refresh_rate=every, leave=True) if interactive else self.log_lines
+        display = TrainBar(refresh_rate=every, leave=True) if interactive else self.log_lines
         kwargs |= trainer_options(given.get("devices", "auto"), given.get("num_nodes") or 1, os.environ)
         kwargs["strategy"] = strategy_of(given.get("strategy", "auto"), given.get("precision"))
         kwargs["enable_progress_bar"] = interactive

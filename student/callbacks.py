@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 
 from pipeline.commit import commit_file, new_claim_id, temporary_path
 from student.seal import check_seal, seal
@@ -147,6 +147,18 @@ class RunCheckpoint(Checkpoint):
                 shutil.copyfile(source, temporary)
 
         commit_file(final, place, check=check_seal)
+
+
+class TrainBar(TQDMProgressBar):
+    """The bar of a terminal; reads the device only when it is drawn anew."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        shown = {"loss": "train/loss", "tokens/s": "tokens_per_second"}
+        return {
+            label: float(trainer.callback_metrics[name])
+            for label, name in shown.items()
+            if name in trainer.callback_metrics
+        }
 
 
 class LogLines(Callback):

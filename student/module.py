@@ -222,7 +222,7 @@ class DistillModule(LightningModule):
         logged = self._of_all_ranks({**logged, "train/loss": loss.detach()})
         # Of all ranks: where one's is not finite, all stop, and none waits for another.
         self._watch.loss(self._seen(logged["train/loss"]), self.trainer.global_step, self._batch_ids)
-        self.log("train/loss", logged.pop("train/loss"), prog_bar=True)
+        # Never with prog_bar: Lightning reads what the bar is to show at every step, and the host waits for it.
         logged |= {"alpha": _on_host(alpha), "tau": _on_host(tau)}
         logged["lr"] = _on_host(self.trainer.optimizers[0].param_groups[0]["lr"])
         self.log_dict(logged)
@@ -259,7 +259,7 @@ class DistillModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self._tokens += batch.tokens * self.trainer.world_size
         speed = self._tokens / (time.perf_counter() - self._since)
-        self.log("tokens_per_second", _on_host(speed), prog_bar=True)
+        self.log("tokens_per_second", _on_host(speed))
         every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if self.trainer.global_step % every == 0:
             self._tokens, self._since = 0, time.perf_counter()
