@@ -33,6 +33,7 @@ from xlstm.components.ln import LayerNorm
 from pipeline.errors import UserError
 from pipeline.teacher_folder import TeacherFacts
 from student.block_forward import use_fused_forward
+from student.graphed import GraphedBlocks
 from student.implicit_attention import pooled_implicit_attention
 from student.mlstm import capturing, mlstm_initial_state, mlstm_prefill, use_cell_backend
 from student.slstm import slstm_initial_state, slstm_prefill, use_scan_cell
@@ -121,6 +122,7 @@ class DistilXLSTM(nn.Module):
         self.config = config
         self.facts = facts
         self.max_length = max_length
+        self.graphed: GraphedBlocks | None = None
         self.embedding_VD: Tensor
         self.untied_head_VD: Tensor | None
         self.register_buffer("embedding_VD", tensors["embedding_VD"].detach(), persistent=False)
@@ -169,6 +171,8 @@ class DistilXLSTM(nn.Module):
             ValueError: T is no multiple of `map_block`.
         """
         x_BTD = self.embed(input_ids_BT)
+        if self.graphed is not None and self.training and not map_block and self.graphed.fits(x_BTD):
+            return StudentOutput(self.graphed(x_BTD))
         maps: dict[int, Tensor] = {}
         for index, block in enumerate(self.stack.blocks):
             if map_block and index in self.mlstm_blocks:

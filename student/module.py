@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.errors import UserError
 from student.batch import IGNORE, Batch
 from student.finite import FiniteWatch
+from student.graphed import record
 from student.identity import Teaching, require_same_teacher
 from student.loss_config import LossConfig
 from student.losses.attention import attention_alignment
@@ -93,13 +94,17 @@ class DistillModule(LightningModule):
         student: shape of the student.
         loss: terms and schedules of the loss.
         optimizer: AdamW and its learning rate.
+        graphs: on one GPU, launch the blocks as CUDA graphs (`student/graphed.py`); not with accumulated gradients, nor
+            with attention alignment.
 
     Needs a `CacheDataModule` as the trainer's data module.
     """
 
-    def __init__(self, student: StudentConfig, loss: LossConfig, optimizer: OptimizerConfig) -> None:
+    def __init__(
+        self, student: StudentConfig, loss: LossConfig, optimizer: OptimizerConfig, graphs: bool = False
+    ) -> None:
         super().__init__()
-        self.student, self.loss, self.optimizer = student, loss, optimizer
+        self.student, self.loss, self.optimizer, self.graphs = student, loss, optimizer, graphs
         self.save_hyperparameters(
             {"student": asdict(student), "loss": asdict(loss), "optimizer": asdict(optimizer)}, logger=False
         )
@@ -169,6 +174,16 @@ class DistillModule(LightningModule):
         strategy = self.trainer.strategy
         plain = self.trainer.scaler is None and not isinstance(strategy, ShardedStrategy)
         return True if strategy.root_device.type == "cuda" and plain else None
+
+    def on_fit_start(self) -> None:
+        """Record graphs, if they are wanted and can be: before the loader's threads, whom no recording must meet."""
+        trainer, data = self.trainer, self._data
+        alone = trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
+        lengths = {spec.length for spec in data.specs}
+        if self.graphs and self.device.type == "cuda" and alone and not self.loss.gamma and len(lengths) == 1:
+            assert self.model is not None
+            dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
+            self.model.graphed = record(self.model.train(), data.batch_rows, lengths.pop(), dtype)
 
     def on_train_start(self) -> None:
         self._tokens, self._since = 0, time.perf_counter()

@@ -39,7 +39,7 @@ FIXED_TRAINER_OPTIONS = (
 )
 """Trainer options that a run's result depends on; the others (devices, logging, ...) may change between sittings."""
 
-ADDED_SINCE = {"model.loss.kl": "tail"}
+ADDED_SINCE = {"model.loss.kl": "tail", "model.graphs": False}
 """Options that earlier versions did not have -> what those did: a run of theirs can go on."""
 
 

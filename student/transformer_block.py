@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import reprlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -158,7 +159,9 @@ class TransformerBlock(nn.Module):
 
     def cell_inputs(self, x_BTD: Tensor, position: int) -> tuple[CellInputs, Tensor]:
         """What the cell is given, q and k as features, v with its column of ones; and the output gate (B, T, E)."""
-        cos_Td, sin_Td = rotary(x_BTD.shape[1], position, self.head_width, self.rope_theta, x_BTD.device)
+        # One table for all blocks of a pass; single steps, each at a position of its own, are not worth keeping.
+        table = rotary if x_BTD.shape[1] == 1 else kept_rotary
+        cos_Td, sin_Td = table(x_BTD.shape[1], position, self.head_width, self.rope_theta, x_BTD.device)
         *cell, gate_BTE = mixer_inputs(
             x_BTD, self.mixer_norm.weight, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight,
             self.q_proj.bias, self.k_proj.bias, self.v_proj.bias, self.igate.weight, self.igate.bias,
@@ -215,6 +218,9 @@ def rotary(
     angles = torch.arange(first, first + length, dtype=torch.float64, device=device)[:, None] / theta**exponents
     angles_Td = torch.cat((angles, angles), -1)
     return angles_Td.cos().float(), angles_Td.sin().float()
+
+
+kept_rotary = lru_cache(maxsize=4)(rotary)
 
 
 def rotated(x_BHTd: Tensor, cos_Td: Tensor | None, sin_Td: Tensor | None) -> Tensor:
