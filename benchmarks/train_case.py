@@ -76,7 +76,7 @@ class Case:
         return benchmark_spec(self.length, self.vocab, self.width, self.k, self.block, self.groups)
 
     def student(self) -> StudentConfig:
-        shape = StudentConfig(**_preset(self.preset)["student"])
+        shape = StudentConfig.of(_preset(self.preset)["student"])
         return replace(shape, heads=self.heads or shape.heads, blocks=self.blocks or shape.blocks)
 
     def loss(self) -> LossConfig:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from xlstm import mLSTMBlock
 
 from benchmarks.train_case import autocast, seconds_of
 from student.implicit_attention import pooled_implicit_attention
@@ -36,8 +35,8 @@ def step_parts(step: OurStep, whole_us: float) -> dict[str, float]:
     with torch.no_grad():
         x_BTD = step.model.embed(step.batch.input_ids_BT)
     upstream_BTD = torch.randn_like(x_BTD)
-    for block in step.model.stack.blocks:
-        name = "mlstm_blocks" if isinstance(block, mLSTMBlock) else "slstm_blocks"
+    for index, block in enumerate(step.model.stack.blocks):
+        name = "mlstm_blocks" if index in step.model.mlstm_blocks else "slstm_blocks"
         inputs_BTD = x_BTD.detach().requires_grad_()
 
         def through(block: torch.nn.Module = block, inputs_BTD: Tensor = inputs_BTD) -> None:
@@ -75,8 +74,8 @@ def attention_inputs(step: OurStep) -> list[tuple[Tensor, ...]]:
     seen: list[tuple[Tensor, ...]] = []
     with torch.no_grad(), autocast(step.device):
         x_BTD = step.model.embed(step.batch.input_ids_BT)
-        for block in step.model.stack.blocks:
-            if not isinstance(block, mLSTMBlock):
+        for index, block in enumerate(step.model.stack.blocks):
+            if index not in step.model.mlstm_blocks:
                 x_BTD = block(x_BTD)
                 continue
             with capturing(block) as captured:

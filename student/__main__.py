@@ -30,7 +30,7 @@ from student.callbacks import BEST, LAST, Interrupted, LogLines, RunCheckpoint, 
 from student.checkpoint import RunRecord
 from student.data import CacheDataModule
 from student.identity import Teaching, cache_record, require_same_teacher
-from student.initial import check_initial, load_initial
+from student.initial import check_initial, keep_origin, load_initial
 from student.module import METRICS, DistillModule
 from student.ranks import OneRun, end_other_ranks, is_lost_rank, require_equal_shares, trainer_options
 from student.run_folder import MetricsCSV, check_same_settings, copy_teacher, open_data, save_settings, steps_done
@@ -128,6 +128,7 @@ class TrainCLI(LightningCLI):
             shutil.rmtree(run / "teacher", ignore_errors=True)
             teacher = data.teacher
             copy_teacher(teacher.path, run)
+            keep_origin(self.config.init_from, run)
             caches = [cache_record(cache) for cache in data.caches]
             save_settings(run, self.resolved, {"caches": caches, "steps_per_epoch": data.steps_per_epoch})
             # Written last: a folder with run.json has everything else.

@@ -84,7 +84,7 @@ def transfer(
     """Train the mixers for `steps` batches.
 
     Args:
-        teacher: called with ids (B, T), its layers are `layers`.
+        teacher: a model of transformers, with or without its head, whose layers are `layers`.
         chosen: the teacher's layer of each block.
         batches: int64 ids (B, T), on the device of both models.
         lr: AdamW's peak rate; a short warm-up, then a cosine to a tenth.
@@ -105,7 +105,7 @@ def transfer(
     with attentions(layers, chosen) as seen:
         for step, ids_BT in zip(range(steps), batches, strict=False):
             with torch.no_grad():
-                teacher(ids_BT)
+                teacher(ids_BT, use_cache=False)
             losses = []
             for block, layer in zip(student.stack.blocks, chosen, strict=True):
                 with torch.autocast(ids_BT.device.type, dtype=torch.bfloat16, enabled=on_gpu):

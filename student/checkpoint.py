@@ -22,7 +22,6 @@ from pipeline.teacher_folder import TeacherFolder
 from student.identity import Teaching, require_same_teacher, require_teacher_facts
 from student.model import DistilXLSTM, StudentConfig
 from student.seal import check_seal
-from student.transformer_block import TransformerShape
 
 PREFIX = "model."
 
@@ -70,14 +69,10 @@ class RunRecord:
             raise UserError(f"{path} is missing: {run} is no run folder, or its training never started")
         values = read_json(path)
         try:
-            shape = values["student"]
-            if shape.get("slstm_at") is not None:
-                shape["slstm_at"] = tuple(shape["slstm_at"])
-            if shape.get("transformer") is not None:
-                shape["transformer"] = TransformerShape(**shape["transformer"])
+            shape = StudentConfig.of(values["student"])
             known = {field.name for field in fields(RunRecord)}
-            return RunRecord(**{**{k: v for k, v in values.items() if k in known}, "student": StudentConfig(**shape)})
-        except (KeyError, TypeError, AttributeError) as error:
+            return RunRecord(**{**{k: v for k, v in values.items() if k in known}, "student": shape})
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} was written by another version ({error}): train again with this one") from None
 
 

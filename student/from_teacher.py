@@ -33,10 +33,15 @@ from student.data import CacheDataModule
 from student.device import pick_device
 from student.hugging_face import load_causal_lm
 from student.model import DistilXLSTM, StudentConfig
-from student.run_folder import copy_teacher
+from student.run_folder import ORIGIN, copy_teacher
 from student.seal import check_seal, seal
-from student.teacher_weights import copy_teacher_weights, decoder_layers, layers_of_blocks
-from student.transformer_block import TransformerShape
+from student.teacher_weights import (
+    check_same_function,
+    check_same_teacher,
+    copy_teacher_weights,
+    decoder_layers,
+    layers_of_blocks,
+)
 
 
 @dataclass(frozen=True)
@@ -99,14 +104,19 @@ def from_teacher(options: FromTeacherOptions) -> dict[str, Any]:
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     model = load_causal_lm(source, dtype, str(device)).model
     layers = decoder_layers(model, source)
+    note = check_same_function(model.config, config.transformer.rope_theta, source)
     chosen = layers_of_blocks(config.blocks, len(layers))
     torch.manual_seed(options.seed)
     student = DistilXLSTM(config, data.teacher.facts, data.teacher.tensors(), data.max_length)
+    check_same_teacher(model, student.embedding_VD, source)
     copy_teacher_weights(student, layers, chosen)
     student.to(device)
     record: dict[str, Any] = {"teacher": source, "layers": chosen, "student": options.student, "seed": options.seed}
+    if note is not None:
+        record["note"] = note
+        print(f"note: {note}", flush=True)
     length = data.max_length
-    steps = options.align_tokens // (options.batch_rows * length)
+    steps = -(-options.align_tokens // (options.batch_rows * length))
     record |= {"align_tokens": steps * options.batch_rows * length, "align_lr": options.align_lr}
     if steps:
         record |= _transfer(options, student, model.model, layers, chosen, data, device, steps)
@@ -121,11 +131,8 @@ def read_student(path: Path) -> StudentConfig:
         UserError: no such file, or no such part of it.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["student"]
-        if values.get("transformer") is not None:
-            values = {**values, "transformer": TransformerShape(**values["transformer"])}
-        return StudentConfig(**values)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        return StudentConfig.of(yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["student"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"--student {path}: no student's shape under model.student ({error}); name another file"
         ) from None
@@ -175,7 +182,7 @@ def _write(
         seal(temporary)
 
     commit_file(run / "checkpoints" / LAST, place, check=check_seal)
-    commit_json(run / "from_teacher.json", record)
+    commit_json(run / ORIGIN, record)
     RunRecord(
         student=config, teacher="teacher", max_length=data.max_length, compat_id=data.compat_id,
         width=data.teacher.facts.width, vocab_size=data.teacher.facts.vocab_size, compat=data.compat,

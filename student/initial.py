@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from pipeline.commit import commit_json, read_json
 from pipeline.errors import UserError
 from student.checkpoint import RunRecord, load_student
 from student.identity import Teaching, require_same_teacher
 from student.model import DistilXLSTM, StudentConfig
+from student.run_folder import ORIGIN
 
 
 def find_initial(place: str) -> tuple[Path, str]:
@@ -39,6 +41,18 @@ def check_initial(place: str, student: StudentConfig, of_cache: Teaching) -> Non
     if differing:
         told = "; ".join(f"--model.student.{name} is {now[name]}, in {run} it is {before[name]}" for name in differing)
         raise UserError(f"--init_from {place} holds another student: {told}. Give the new student that shape")
+
+
+def keep_origin(place: str, run: Path) -> None:
+    """Let a new run say that its student began with the teacher's weights, if what it begins with says so.
+
+    Args:
+        place: what `--init_from` names; empty: nothing.
+        run: the new run's folder.
+    """
+    (run / ORIGIN).unlink(missing_ok=True)  # of a start that came to nothing
+    if place and (origin := find_initial(place)[0] / ORIGIN).is_file():
+        commit_json(run / ORIGIN, read_json(origin))
 
 
 def load_initial(place: str, model: DistilXLSTM | None) -> None:

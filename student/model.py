@@ -64,6 +64,22 @@ class StudentConfig:
     transformer: TransformerShape | None = None
     """Blocks of a Transformer's shape, all mLSTM, in the place of the package's, whose options then have no effect."""
 
+    @staticmethod
+    def of(values: Any) -> StudentConfig:
+        """From the plain values of a JSON or YAML file.
+
+        Raises:
+            TypeError: they are no mapping, or have names that no field has.
+        """
+        if not isinstance(values, dict):
+            raise TypeError(f"a student's shape is a mapping, found {type(values).__name__}")
+        values = dict(values)
+        if values.get("slstm_at") is not None:
+            values["slstm_at"] = tuple(values["slstm_at"])
+        if values.get("transformer") is not None:
+            values["transformer"] = TransformerShape(**values["transformer"])
+        return StudentConfig(**values)
+
     def slstm_blocks(self) -> tuple[int, ...]:
         """Sorted indices of the sLSTM blocks."""
         if self.transformer is not None:

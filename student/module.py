@@ -36,6 +36,7 @@ from student.model import DistilXLSTM, StudentConfig
 from student.ranks import over_ranks
 from student.schedule import StepCounter
 from student.sharding import ShardedStrategy, shard, whole
+from student.transformer_block import FEATURE_MAPS
 
 METRICS = (
     "train/loss",
@@ -70,7 +71,8 @@ class OptimizerConfig:
     lr: float = 2e-4
     """Peak learning rate."""
     weight_decay: float = 0.01
-    """Decay of matrices; vectors (norms, biases, gates) are never decayed."""
+    """Decay of matrices; vectors (norms, biases, gates) and feature maps, which begin as scaled identities, are never
+    decayed."""
     warmup_fraction: float = 0.1
     """Share of all steps in which the rate rises from 0 to its peak."""
     min_lr_fraction: float = 0.0
@@ -155,10 +157,10 @@ class DistillModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         assert self.model is not None
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [(decays(name, p), p) for name, p in self.model.named_parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.optimizer.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for decayed, p in trained if decayed], "weight_decay": self.optimizer.weight_decay},
+            {"params": [p for decayed, p in trained if not decayed], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.optimizer.lr, betas=self.optimizer.betas, fused=self._fused())
         total = self.total_steps()
@@ -361,6 +363,14 @@ class DistillModule(LightningModule):
             return values
         means = over_ranks(torch.stack([value.detach().float() for value in values.values()])) / self.trainer.world_size
         return dict(zip(values, means.unbind(), strict=True))
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter's neutral value is 0, towards which weight decay pulls.
+
+    A feature map's is not: at 0 all keys are alike.
+    """
+    return parameter.ndim >= 2 and name.rpartition(".")[2] not in FEATURE_MAPS
 
 
 def _teacher(batch: Batch, tau: float, kl: Divergence | None) -> TeacherTopK:

@@ -4,6 +4,7 @@ config.yaml    the resolved configuration the run was started with
 data.json      the caches it was started on: identities field by field, units; how many steps an epoch had
 run.json       the student's record, see `student/checkpoint.py`
 teacher/       the cache's teacher folder (hard links where the file system has them)
+from_teacher.json   only where the student began with its teacher's weights, itself or what it was initialised from
 metrics.csv    one line per logged step, see `MetricsCSV`
 tensorboard/   the same for TensorBoard
 checkpoints/   last.ckpt, best.ckpt
@@ -43,6 +44,10 @@ ADDED_SINCE = {"model.loss.kl": "tail", "model.graphs": False}
 """Options that earlier versions did not have -> what those did: a run of theirs can go on."""
 
 
+ORIGIN = "from_teacher.json"
+"""What `python -m student.from_teacher` did; runs that begin with such a student's weights keep it."""
+
+
 def copy_teacher(source: Path, run: Path) -> None:
     """Put the teacher folder into the run, file by file, `teacher.json` last so that it is there only when all is."""
     names = sorted((p.name for p in source.iterdir() if p.is_file()), key=lambda name: (name == "teacher.json", name))
@@ -70,8 +75,12 @@ def check_same_settings(run: Path, config: dict[str, Any]) -> None:
     """Compare with what the run was started with.
 
     Raises:
-        UserError: names every option that differs, with both values.
+        UserError: names every option that differs, with both values; or the run was never trained.
     """
+    if not (run / "config.yaml").is_file():
+        raise UserError(
+            f"{run} holds a student and no settings of a training: name another --run, and this one with --init_from"
+        )
     started = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     before, now = ADDED_SINCE | _fixed(started), _fixed(config)
     names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]

@@ -36,6 +36,10 @@ INPUT_BIAS = 10.0
 """exp(−m), the floor of the cell's normaliser, is then far below any sum of features."""
 
 
+FEATURE_MAPS = ("q_map", "k_map")
+"""Parameters of a block that are Hedgehog's W."""
+
+
 @dataclass(frozen=True)
 class TransformerShape:
     """What a transformer-shaped block has besides its heads; take the teacher's values, so that its weights fit."""
@@ -56,6 +60,10 @@ class TransformerShape:
 
 MOST = {"feedforward": 1 << 20, "kv_heads": 4096, "head_width": 4096}
 """Largest values: a run from someone else must not ask for any memory it likes."""
+MOST_INNER = 64
+"""Largest heads * head_width, as a multiple of the width."""
+SMALLEST_SUM = 1e-30
+"""Least divisor of a row: where no key's features meet the query's in float32, the output is 0, and not 0/0."""
 
 
 def check_transformer(shape: TransformerShape, blocks: int, heads: int, width: int) -> None:
@@ -86,6 +94,11 @@ def check_transformer(shape: TransformerShape, blocks: int, heads: int, width: i
     if (shape.head_width or width // heads) % 2 or (shape.head_width or width // heads) < 2:
         raise UserError(
             f"{at}.head_width: heads of {shape.head_width or width // heads} channels; an even number is needed"
+        )
+    if heads * shape.head_width > MOST_INNER * width:
+        raise UserError(
+            f"{at}.head_width={shape.head_width}: {heads} heads of it are more than {MOST_INNER} times the teacher's "
+            f"width {width}"
         )
     if heads % (shape.kv_heads or heads):
         raise UserError(f"{at}.kv_heads={shape.kv_heads} does not divide student.heads={heads}")
@@ -223,22 +236,28 @@ def rotary(
 kept_rotary = lru_cache(maxsize=4)(rotary)
 
 
+def widened(x: Tensor) -> Tensor:
+    """float32, or what is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rotated(x_BHTd: Tensor, cos_Td: Tensor | None, sin_Td: Tensor | None) -> Tensor:
     """Rotary positions (arXiv 2104.09864), pairs (i, i + d/2)."""
     if cos_Td is None or sin_Td is None:
         return x_BHTd
-    first, second = x_BHTd.float().chunk(2, -1)
-    return x_BHTd.float() * cos_Td + torch.cat((-second, first), -1) * sin_Td
+    x_BHTd = widened(x_BHTd)
+    first, second = x_BHTd.chunk(2, -1)
+    return x_BHTd * cos_Td + torch.cat((-second, first), -1) * sin_Td
 
 
 def softmax_features(x_BHTd: Tensor, map_Hdd: Tensor) -> Tensor:
     """Hedgehog's features (B, H, T, 2d): softmax([xW, −xW]), float32 within."""
-    z_BHTd = torch.einsum("bhtd,hde->bhte", x_BHTd, map_Hdd.to(x_BHTd.dtype)).float()
+    z_BHTd = widened(torch.einsum("bhtd,hde->bhte", x_BHTd, map_Hdd.to(x_BHTd.dtype)))
     return torch.cat((z_BHTd, -z_BHTd), -1).softmax(-1)
 
 
 def rms_normed(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x_BTD.float(), weight_D.shape, weight_D.float(), eps)
+    return F.rms_norm(widened(x_BTD), weight_D.shape, widened(weight_D), eps)
 
 
 @compiled
@@ -267,7 +286,7 @@ def mixer_inputs(
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     gates = [
-        F.linear(normed_BTD, weight, bias).transpose(1, 2).float()
+        widened(F.linear(normed_BTD, weight, bias).transpose(1, 2))
         for weight, bias in ((igate_HD, igate_bias), (fgate_HD, fgate_bias))
     ]
     return q.contiguous(), k.contiguous(), v.contiguous(), gates[0], gates[1], F.linear(normed_BTD, gate_ED)
@@ -278,14 +297,14 @@ def mixer_output(
     h_BHTf: Tensor, gate_BTE: Tensor, x_BTD: Tensor, out_DE: Tensor, norm_E: Tensor | None, head_width: int, eps: float
 ) -> Tensor:
     """x + o_proj(2σ(gate) · h), h divided by its sums or normed by head."""
-    h = h_BHTf.float()
+    h = widened(h_BHTf)
     if norm_E is None:
-        h = h[..., :head_width] / h[..., head_width : head_width + 1]
+        h = h[..., :head_width] / h[..., head_width : head_width + 1].clamp_min(SMALLEST_SUM)
         h_BTE = h.transpose(1, 2).flatten(2)
     else:
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-        h_BTE = h.transpose(1, 2).flatten(2) * norm_E.float()
-    gated_BTE = h_BTE * (2 * torch.sigmoid(gate_BTE.float()))
+        h_BTE = h.transpose(1, 2).flatten(2) * widened(norm_E)
+    gated_BTE = h_BTE * (2 * torch.sigmoid(widened(gate_BTE)))
     return x_BTD + F.linear(gated_BTE.to(gate_BTE.dtype), out_DE).to(x_BTD.dtype)
 
 
