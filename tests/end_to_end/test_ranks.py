@@ -197,3 +197,14 @@ def test_ranks_of_different_runs_are_refused(cache: Path, tmp_path: Path, other:
         assert "Traceback" not in said
         assert re.search(message, said), said
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_transformer_shaped_weights_are_cut_too(cache: Path, runs: Path) -> None:
+    """One head of keys cannot be halved: the second rank has none of its feature map."""
+    shape = {"feedforward": 48, "kv_heads": 1, "rope_theta": 100}
+    more = [f"--model.student.transformer.{name}={value}" for name, value in shape.items()]
+    for name, options in (("shaped", {}), ("shaped-2", {"nodes": 2})):
+        strategy = ["--trainer.strategy=fsdp"] if options else []
+        sitting = Ranks(runs / f"{name}-output", arguments(cache, runs / name, *more, *strategy), **options)
+        assert set(sitting.status) == {0}, sitting.said
+    assert_same_weights(runs / "shaped-2", runs / "shaped")

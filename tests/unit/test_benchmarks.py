@@ -308,13 +308,16 @@ def test_a_rows_share_is_of_each_gpus_floor(kind: str, share: float) -> None:
     assert row["us_per_token"] == 4.0 and row["share"] == share and "tokens" not in row
 
 
-def test_parts_add_up_to_the_step() -> None:
-    step = train_case.OurStep(small("synthetic"), torch.device("cpu"))
+@pytest.mark.parametrize("shape", [{}, {"preset": "recommended", "width": 96, "heads": 3}])
+def test_parts_add_up_to_the_step(shape: dict[str, Any]) -> None:
+    step = train_case.OurStep(small("synthetic", **shape), torch.device("cpu"))
     maps = step.module._forward(step.batch, with_maps=True)[1]
     inputs = attention_inputs(step)
     assert len(inputs) == len(maps) == len(step.model.mlstm_blocks)
     parts = step_parts(step, 100.0)
-    assert sum(parts.values()) == pytest.approx(100.0) and all(v > 0 for k, v in parts.items() if k != "rest")
+    assert sum(parts.values()) == pytest.approx(100.0) and all(
+        (v > 0) == (k != "slstm_blocks" or not shape) for k, v in parts.items() if k != "rest"
+    )
     assert "aten::mm" in profile_table(step, step.device, 0, steps=1)
 
 
