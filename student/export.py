@@ -33,7 +33,12 @@ from pipeline.licences import LICENCE_FILES
 from pipeline.teacher_folder import MOST_CONFIG_BYTES, TeacherFolder
 from student.checkpoint import RunRecord, load_student
 
-CODE = ("configuration_distil_xlstm.py", "blocks_distil_xlstm.py", "modeling_distil_xlstm.py")
+CODE = (
+    "configuration_distil_xlstm.py",
+    "blocks_distil_xlstm.py",
+    "transformer_blocks_distil_xlstm.py",
+    "modeling_distil_xlstm.py",
+)
 HERE = Path(__file__).parent / "huggingface"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 AUTO_MAP = {

@@ -7,6 +7,7 @@ its biases gates-major.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from xlstm import mLSTMBlock, sLSTMBlock
 from student.huggingface.configuration_distil_xlstm import DistilXLSTMConfig
 from student.huggingface.modeling_distil_xlstm import DistilXLSTMForCausalLM
 from student.model import DistilXLSTM
+from student.transformer_block import TransformerBlock
 
 Named = dict[str, Tensor]
 MOST_DEVIATION = 1e-3
@@ -27,6 +29,18 @@ def exported_config(student: DistilXLSTM) -> DistilXLSTMConfig:
     shape, facts, blocks = student.config, student.facts, student.stack.blocks
     inner = [block.xlstm.learnable_skip.shape[0] for block in blocks if isinstance(block, mLSTMBlock)]
     feedforward = [block.ffn.proj_down.weight.shape[1] for block in blocks if isinstance(block, sLSTMBlock)]
+    shaped: dict[str, Any] = {"feedforward_size": feedforward[0] if feedforward else 0}
+    if shape.transformer is not None:
+        first: TransformerBlock = blocks[0]
+        shaped = {
+            "feedforward_size": shape.transformer.feedforward,
+            "num_kv_heads": first.kv_heads,
+            "head_size": first.head_width,
+            "qkv_bias": shape.transformer.qkv_bias,
+            "feature_map": shape.transformer.feature_map,
+            "rotary_base": float(first.rope_theta),
+            "block_norm_eps": first.eps,
+        }
     bos, eos, pad = (
         index if index is not None and 0 <= index < facts.vocab_size else None
         for index in (facts.bos_id, facts.eos_id, facts.pad_id)
@@ -36,12 +50,11 @@ def exported_config(student: DistilXLSTM) -> DistilXLSTMConfig:
     return DistilXLSTMConfig(
         vocab_size=facts.vocab_size,
         hidden_size=facts.width,
-        block_types=["mlstm" if isinstance(block, mLSTMBlock) else "slstm" for block in blocks],
+        block_types=[_kind(block) for block in blocks],
         num_heads=shape.heads,
         mlstm_size=inner[0] if inner else 0,
         qkv_block_size=shape.mlstm_qkv_blocksize,
         conv_kernel=shape.conv_kernel,
-        feedforward_size=feedforward[0] if feedforward else 0,
         final_norm="rmsnorm" if isinstance(student.final_norm, nn.RMSNorm) else "layernorm",
         final_norm_eps=float(student.final_norm.eps),  # type: ignore[arg-type]
         embedding_scale=facts.embedding_scale,
@@ -52,7 +65,14 @@ def exported_config(student: DistilXLSTM) -> DistilXLSTMConfig:
         bos_token_id=bos,
         eos_token_id=ends[0] if len(ends) == 1 else ends,
         pad_token_id=ends[-1] if pad is None else pad,
+        **shaped,
     )
+
+
+def _kind(block: nn.Module) -> str:
+    if isinstance(block, TransformerBlock):
+        return "transformer_mlstm"
+    return "mlstm" if isinstance(block, mLSTMBlock) else "slstm"
 
 
 def exported_tensors(student: DistilXLSTM, dtype: torch.dtype) -> Named:
@@ -61,7 +81,7 @@ def exported_tensors(student: DistilXLSTM, dtype: torch.dtype) -> Named:
     if student.untied_head_VD is not None:
         named["lm_head.weight"] = student.untied_head_VD
     for index, block in enumerate(student.stack.blocks):
-        tensors = (_mlstm_block if isinstance(block, mLSTMBlock) else _slstm_block)(block)
+        tensors = TENSORS[_kind(block)](block)
         named |= {f"model.blocks.{index}.{name}": tensor for name, tensor in tensors.items()}
     norm: Any = student.final_norm
     named["model.norm.weight"] = norm.weight if isinstance(norm, nn.RMSNorm) else norm.weight_proxy
@@ -111,6 +131,30 @@ def _slstm_block(block: Any) -> Named:
         "feedforward.up_proj.weight": up_FD,
         "feedforward.down_proj.weight": block.ffn.proj_down.weight,
     }
+
+
+def _transformer_block(block: TransformerBlock) -> Named:
+    mixer = {name: block.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj", "out_gate")}
+    mixer |= {"i_gate": block.igate, "f_gate": block.fgate}
+    parameters = {f"{name}.{n}": p for name, module in mixer.items() for n, p in module.named_parameters()}
+    own = {"q_map": block.q_map, "k_map": block.k_map, "head_norm": block.head_norm}
+    parameters |= {name: p for name, p in own.items() if p is not None}
+    return {
+        "norm.weight": block.mixer_norm.weight,
+        **{f"mixer.{name}": p for name, p in parameters.items()},
+        "feedforward_norm.weight": block.ffn_norm.weight,
+        "feedforward.gate_proj.weight": block.gate_proj.weight,
+        "feedforward.up_proj.weight": block.up_proj.weight,
+        "feedforward.down_proj.weight": block.down_proj.weight,
+    }
+
+
+TENSORS: dict[str, Callable[[Any], Named]] = {
+    "mlstm": _mlstm_block,
+    "slstm": _slstm_block,
+    "transformer_mlstm": _transformer_block,
+}
+"""Kind of block -> its tensors by their exported names."""
 
 
 def exported_model(config: DistilXLSTMConfig, tensors: Named) -> DistilXLSTMForCausalLM:

@@ -1,4 +1,4 @@
-"""The blocks of a Distil-xLSTM student: sLSTM and mLSTM (arXiv 2405.04517), in plain tensor operations.
+"""The xLSTM blocks of a Distil-xLSTM student: sLSTM and mLSTM (arXiv 2405.04517), in plain tensor operations.
 
 A block reads tokens from any state and returns the state after them, so that the same code reads a prompt and a single
 token: an mLSTM takes `chunk_size` tokens at once, an sLSTM one after the other. States have a fixed size. Cells compute
@@ -9,6 +9,8 @@ convolution kernel, g = 4·d: the gates i, f, z, o of one sLSTM head.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +78,9 @@ def mlstm_chunk(
     overflows; m drops out of the result, hence without gradient.
 
     Args:
-        q_BHTd, k_BHTd, v_BHTd, i_BHT, log_f_BHT: float32; i and log f are logarithms of the gates.
-        state: `C` (B, H, d, d), `n` (B, H, d) and `m` (B, H) before the chunk.
+        q_BHTd, k_BHTd, v_BHTd, i_BHT, log_f_BHT: float32; i and log f are logarithms of the gates. v's width may be
+            another than q's and k's.
+        state: `C` (B, H, d of k, d of v), `n` (B, H, d) and `m` (B, H) before the chunk.
 
     Returns:
         h_BHTd and the state after the chunk.
@@ -227,16 +230,17 @@ class SLSTM(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """GELU of one projection times another, and back."""
+    """An activation of one projection times another, and back."""
 
-    def __init__(self, width: int, inner: int) -> None:
+    def __init__(self, width: int, inner: int, activation: Callable[[Tensor], Tensor] = F.gelu) -> None:
         super().__init__()
+        self.activation = activation
         self.gate_proj = nn.Linear(width, inner, bias=False)
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class MLSTMBlock(GradientCheckpointingLayer):
@@ -268,8 +272,3 @@ class SLSTMBlock(GradientCheckpointingLayer):
         y_BTD, state = self.mixer(self.norm(x_BTD), state or self.mixer.empty_state(x_BTD), keep_BT)
         x_BTD = x_BTD + y_BTD
         return x_BTD + self.feedforward(self.feedforward_norm(x_BTD)), state
-
-
-BLOCKS: dict[str, type[GradientCheckpointingLayer]] = {"mlstm": MLSTMBlock, "slstm": SLSTMBlock}
-"""Kinds of blocks by their name in `config.block_types`. Each is made of a configuration and called as
-(x_BTD, state, keep_BT) -> (x_BTD, state)."""

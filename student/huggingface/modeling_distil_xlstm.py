@@ -1,7 +1,8 @@
 """Distil-xLSTM for transformers: a teacher's embedding -> xLSTM blocks -> final norm -> the teacher's head.
 
 Needs torch and transformers, nothing else. After Distil-xLSTM (arXiv 2503.18565). The blocks are in
-`blocks_distil_xlstm.py`; here are the model around them and the cache that `generate` carries from token to token.
+`blocks_distil_xlstm.py` and `transformer_blocks_distil_xlstm.py`; here are the model around them and the cache that
+`generate` carries from token to token.
 
 Padding, wherever the attention mask has zeros, is as if it were not there.
 
@@ -19,11 +20,30 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .blocks_distil_xlstm import BLOCKS, MLSTM, SLSTM, BlockDiagonalLinear, CausalConvolution, GatedFeedForward, State
+from .blocks_distil_xlstm import (
+    MLSTM,
+    SLSTM,
+    BlockDiagonalLinear,
+    CausalConvolution,
+    GatedFeedForward,
+    MLSTMBlock,
+    SLSTMBlock,
+    State,
+)
 from .configuration_distil_xlstm import DistilXLSTMConfig
+from .transformer_blocks_distil_xlstm import FORGET_BIAS, INPUT_BIAS, TransformerBlock, TransformerMixer
+
+BLOCKS: dict[str, type[GradientCheckpointingLayer]] = {
+    "mlstm": MLSTMBlock,
+    "slstm": SLSTMBlock,
+    "transformer_mlstm": TransformerBlock,
+}
+"""Kinds of blocks by their name in `config.block_types`. Each is made of a configuration and called as
+(x_BTD, state, keep_BT) -> (x_BTD, state)."""
 
 
 class DistilXLSTMCache(Cache):
@@ -92,7 +112,7 @@ class DistilXLSTMPreTrainedModel(PreTrainedModel):
     config: DistilXLSTMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MLSTMBlock", "SLSTMBlock"]
+    _no_split_modules = ["MLSTMBlock", "SLSTMBlock", "TransformerBlock"]
     _is_stateful = True
 
     @torch.no_grad()
@@ -115,6 +135,17 @@ class DistilXLSTMPreTrainedModel(PreTrainedModel):
             bias_H4d = torch.zeros_like(module.bias).unflatten(1, (4, -1))
             bias_H4d[:, 1] = 3.0  # of the forget gate
             init.copy_(module.bias, bias_H4d.flatten(1))
+        elif isinstance(module, TransformerMixer):
+            init.normal_(module.o_proj.weight, std=2 / blocks / math.sqrt(width))
+            for gate, bias in ((module.i_gate, INPUT_BIAS), (module.f_gate, FORGET_BIAS)):
+                init.zeros_(gate.weight)
+                init.constant_(gate.bias, bias)
+            init.zeros_(module.out_gate.weight)
+            if module.with_sum:
+                for feature_map in (module.q_map, module.k_map):
+                    init.copy_(feature_map, module.first_map().expand_as(feature_map))
+            else:
+                init.ones_(module.head_norm)
 
 
 class DistilXLSTMModel(DistilXLSTMPreTrainedModel):

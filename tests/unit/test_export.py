@@ -18,6 +18,7 @@ import yaml
 from helpers_cache import write_toy_cache
 from helpers_export import write_toy_run
 from helpers_student import save_checkpoint
+from helpers_transformer import student_of
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -91,8 +92,12 @@ def isolated(code: str, cwd: Path, home: Path, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_folder_works_where_nothing_of_this_project_is(run: Path, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["xlstm", "transformer"])
+def test_the_folder_works_where_nothing_of_this_project_is(kind: str, run: Path, folder: Path, tmp_path: Path) -> None:
     """The card's own lines load it; logits, texts and tokens are those of the student."""
+    if kind == "transformer":
+        run = write_toy_run(tmp_path, student_of())
+        folder = export(ExportOptions(run, tmp_path / "out")).folder
     snippet = re.search(r"```python\n(.*?)```", card_of(folder)[1], re.DOTALL)
     assert snippet is not None
     (tmp_path / "snippet.py").write_text(snippet[1])

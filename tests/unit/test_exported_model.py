@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers_export import shake
 from helpers_student import toy_teacher
+from helpers_transformer import shape_of
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
@@ -19,6 +20,8 @@ from student.huggingface.modeling_distil_xlstm import DistilXLSTMCache, DistilXL
 from student.model import DistilXLSTM, StudentConfig
 
 V = 97
+TRANSFORMER = {"transformer": shape_of(), "final_norm": "teacher"}
+TRANSFORMER_WITHOUT_MAPS = {"transformer": shape_of(feature_map="none", qkv_bias=True, head_width=10)}
 Pair = tuple[DistilXLSTM, DistilXLSTMForCausalLM]
 
 
@@ -31,9 +34,10 @@ def make(
     return student, exported_model(exported_config(student), exported_tensors(student, dtype))
 
 
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return make({"blocks": 3}, tied=False)
+@pytest.fixture(scope="module", params=["xlstm", "transformer", "transformer without maps"])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    shapes = {"transformer": TRANSFORMER, "transformer without maps": TRANSFORMER_WITHOUT_MAPS}
+    return make({"blocks": 3, **shapes.get(request.param, {})}, tied=False)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,9 @@ def some_ids(rows: int, length: int, seed: int = 1) -> Tensor:
         ({"slstm_at": ()}, {"logit_scale": 0.3}),
         ({"slstm_at": (0, 1), "conv_kernel": 2}, {"soft_cap": 2.0, "embedding_scale": 8.0}),
         ({"blocks": 3, "heads": 2, "mlstm_projection": 1.5, "mlstm_qkv_blocksize": 8, "slstm_feedforward": 1.0}, {}),
+        (TRANSFORMER, {"soft_cap": 2.0, "norm_eps": 1e-3}),
+        (TRANSFORMER_WITHOUT_MAPS, {"embedding_scale": 8.0, "norm_eps": 1e-3}),
+        ({"transformer": shape_of(rope_theta=0.0, kv_heads=0, head_width=6)}, {}),
     ],
 )
 def test_logits_are_the_students(shape: dict[str, Any], facts: dict[str, Any], tied: bool) -> None:
@@ -63,10 +70,14 @@ def test_logits_are_the_students(shape: dict[str, Any], facts: dict[str, Any], t
     assert sum(p.numel() for p in model.parameters()) == trained + (1 if tied else 2) * V * 64
 
 
-def test_a_tensor_in_the_wrong_place_is_noticed() -> None:
-    student, _ = make()
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [({}, ("0.mixer.i_proj.weight", "0.mixer.f_proj.weight")), (TRANSFORMER, ("0.mixer.k_map", "1.mixer.k_map"))],
+)
+def test_a_tensor_in_the_wrong_place_is_noticed(shape: dict[str, Any], names: tuple[str, str]) -> None:
+    student, _ = make(shape)
     config, tensors = exported_config(student), exported_tensors(student, torch.float32)
-    first, second = (f"model.blocks.0.mixer.{gate}_proj.weight" for gate in "if")
+    first, second = (f"model.blocks.{name}" for name in names)
     tensors[first], tensors[second] = tensors[second], tensors[first]
     assert deviation(student, exported_model(config, tensors)) > MOST_DEVIATION
     del tensors[first]
@@ -166,9 +177,11 @@ def test_gradients_are_the_students(pair: Pair) -> None:
         assert source.grad is not None
         parameter.data = source.grad
     found = dict(model.named_parameters())
+    norms = {f"{n}.weight" for n, m in model.named_modules() if "norm" in n and not isinstance(m, torch.nn.RMSNorm)}
+    without_one = norms & found.keys()
     for name, gradient in exported_tensors(moved, torch.float32).items():
         if name not in ("model.embed_tokens.weight", "lm_head.weight"):
-            gradient = gradient - 1.0 if name.endswith("norm.weight") else gradient
+            gradient = gradient - 1.0 if name in without_one else gradient
             torch.testing.assert_close(
                 found[name].grad, gradient, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
             )
@@ -274,14 +287,16 @@ def test_generation_goes_on_from_a_cache(model: DistilXLSTMForCausalLM) -> None:
 
 
 @torch.no_grad()
-def test_bfloat16_on_a_cpu() -> None:
-    student, model = make({"blocks": 4}, tied=False, dtype=torch.bfloat16)
+@pytest.mark.parametrize("shape", [{}, TRANSFORMER, TRANSFORMER_WITHOUT_MAPS])
+def test_bfloat16_on_a_cpu(shape: dict[str, Any]) -> None:
+    student, model = make({"blocks": 4, **shape}, tied=False, dtype=torch.bfloat16)
     ids_BT = some_ids(2, 120)
     out = model(ids_BT, use_cache=True)
     expected_BTV = student.logits(student(ids_BT).h_BTD)
     assert model.dtype == torch.bfloat16 and out.logits.dtype == torch.float32
     assert float((out.logits - expected_BTV).norm() / expected_BTV.norm()) < 0.03
-    assert {v.dtype for s in out.past_key_values.states for k, v in s.items() if k != "conv"} == {torch.float32}
+    states = [(k, v.dtype) for s in out.past_key_values.states for k, v in s.items()]
+    assert {dtype for name, dtype in states if name not in ("conv", "position")} == {torch.float32}
     step = model(some_ids(2, 1), past_key_values=out.past_key_values).logits
     whole = model(torch.cat([ids_BT, some_ids(2, 1)], 1)).logits[:, -1:]
     assert float((step - whole).norm() / whole.norm()) < 0.03
@@ -308,9 +323,10 @@ def test_what_callers_may_pass(model: DistilXLSTMForCausalLM) -> None:
         model(ids_BT, attention_mask=torch.ones(2, 5))
 
 
-def test_a_model_can_begin_from_nothing_and_learn() -> None:
+@pytest.mark.parametrize("shape", [{}, TRANSFORMER, TRANSFORMER_WITHOUT_MAPS])
+def test_a_model_can_begin_from_nothing_and_learn(shape: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    config = exported_config(make()[0])
+    config = exported_config(make(shape)[0])
     model = DistilXLSTMForCausalLM(config).train()
     ids_BT = some_ids(4, 24)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -327,5 +343,5 @@ def test_a_model_can_begin_from_nothing_and_learn() -> None:
 def test_an_unknown_kind_of_block_is_named() -> None:
     config = exported_config(make()[0])
     config.block_types = ["slstm", "attention"]
-    with pytest.raises(ValueError, match="'attention'; this code knows mlstm, slstm"):
+    with pytest.raises(ValueError, match="'attention'; this code knows mlstm, slstm, transformer_mlstm"):
         DistilXLSTMForCausalLM(config)
