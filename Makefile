@@ -30,11 +30,11 @@ ENGINES = $(if $(GPUS),--gpus $(GPUS)) $(if $(TP),--engine.tensor_parallel $(TP)
 AGAIN = $(MAKE) --no-print-directory ARGS=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready demo test lint dump-teacher first-dump train-student eval zero-shot attention-distance generate export inspect verify card report bench experiments chaos clean
+.PHONY: help setup ready demo test lint dump-teacher first-dump train-student eval zero-shot attention-distance generate export inspect verify card report bench experiments chaos clean student-from-teacher
 
 help: ## show this
 	@echo "make TARGET [VARIABLE=value ...]"; echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-21s %s\n", $$1, $$2 }' Makefile
 	@echo; printf '  %-10s %-28s %s\n' variable default meaning \
 	  DUMP '$(DUMP)' 'what to dump: a file in manifests/dumps' \
 	  STUDENT '$(STUDENT)' 'what to train: a file in manifests/students' \
@@ -80,6 +80,10 @@ first-dump: ready
 
 train-student: first-dump ## train the student on the cache (dumped first if there is none); goes on where it stopped
 	$(PY) -m student --config manifests/students/$(STUDENT).yaml --cache $(CACHE) --run $(RUN) $(if $(GPUS),--trainer.devices $(GPUS)) $(ARGS)
+
+student-from-teacher: STUDENT := $(if $(filter file,$(origin STUDENT)),recommended,$(STUDENT))
+student-from-teacher: first-dump ## begin a student with its teacher's weights (STUDENT: recommended, RUN: runs/STUDENT-start)
+	$(PY) -m student.from_teacher --student manifests/students/$(STUDENT).yaml --cache $(CACHE) --run $(if $(filter file,$(origin RUN)),runs/$(STUDENT)-start,$(RUN)) $(ARGS)
 
 eval: ready ## measure the student on held-out shards
 	$(PY) -m student.evaluate --run $(RUN) --cache $(CACHE) $(ARGS)

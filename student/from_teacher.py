@@ -1,7 +1,7 @@
 """`python -m student.from_teacher`: a student that begins with its teacher's weights, as a run that others start from.
 
-    python -m student.from_teacher --run runs/start --cache caches/embedded
-    make train-student STUDENT=recommended ARGS="--init_from runs/start"
+    python -m student.from_teacher --run runs/recommended-start --cache caches/embedded
+    make train-student STUDENT=recommended ARGS="--init_from runs/recommended-start"
 
 The blocks must be transformer-shaped (`model.student.transformer`). They get the weights of the teacher's layers
 (`teacher_weights.py`); then their mixers are taught the teacher's attention, layer by layer (`attention_transfer.py`).
@@ -93,7 +93,7 @@ def from_teacher(options: FromTeacherOptions) -> dict[str, Any]:
     if config.transformer is None:
         raise UserError(
             f"--student {options.student}: model.student.transformer is not set: only transformer-shaped blocks can "
-            "take a teacher's weights"
+            "take a teacher's weights, as those of recommended.yaml do"
         )
     data = CacheDataModule(options.cache, batch_rows=options.batch_rows, seed=options.seed)
     data.read_only(())

@@ -26,6 +26,7 @@ from pipeline.teacher_folder import TeacherFacts, TeacherFolder
 from student.checkpoint import RunRecord, checkpoint_path
 from student.huggingface.configuration_distil_xlstm import DistilXLSTMConfig
 from student.identity import Teaching, require_same_teacher
+from student.run_folder import ORIGIN
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MEASURED = ("student", "teacher", "unigram")
@@ -57,6 +58,8 @@ class CardFacts:
         corpora: sources of the caches that are here; empty where none is.
         caches: `data` of the caches the run was started on, and the number of training rows of each.
         loss: the loss's settings; None where the run does not say.
+        origin: the teacher's layers whose weights the blocks began with, and on how many tokens they were taught
+            those layers' attention; None where they began with none.
         evaluation: content of evaluation.json; None where there is none of this checkpoint.
         no_evaluation: then a sentence that says why.
         teacher_licence, corpus_licence: as far as known.
@@ -73,6 +76,7 @@ class CardFacts:
     corpora: list[str]
     caches: list[tuple[dict[str, Any], int]]
     loss: dict[str, Any] | None
+    origin: tuple[list[int], int] | None
     evaluation: dict[str, Any] | None
     no_evaluation: str
     teacher_licence: Licence
@@ -139,6 +143,7 @@ class CardSource:
             corpora=[shown(source) for source in sources],
             caches=[(data, rows) for _, data, rows in self.started_on],
             loss=_loss(self.run),
+            origin=_origin(self.run, config.num_hidden_layers),
             evaluation=evaluation,
             no_evaluation=no_evaluation,
             teacher_licence=licence_of(teacher.facts.name, folders, self.teacher_licence),
@@ -181,6 +186,17 @@ def _loss(run: Path) -> dict[str, Any] | None:
         return {str(name): value for name, value in loss.items() if isinstance(value, str | int | float | bool)}
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return None
+
+
+def _origin(run: Path, blocks: int) -> tuple[list[int], int] | None:
+    """See `CardFacts.origin`."""
+    try:
+        record = read_json(run / ORIGIN)
+        layers, tokens = record["layers"], record["align_tokens"]
+    except (UserError, KeyError, TypeError):
+        return None
+    known = isinstance(layers, list) and len(layers) == blocks and all(type(n) is int for n in [*layers, tokens])
+    return (layers, tokens) if known else None
 
 
 def _steps(checkpoint: Path) -> int | None:
@@ -226,7 +242,8 @@ def _front(facts: CardFacts) -> dict[str, Any]:
 
 def _opening(facts: CardFacts) -> str:
     config = facts.config
-    kinds = ", ".join(config.block_types)
+    same = len(set(config.block_types)) == 1
+    kinds = f"all {config.block_types[0]}" if same else ", ".join(config.block_types)
     return (
         f"A recurrent language model: the embedding and the head of {plain(shown(facts.teacher.name))}, unchanged, "
         f"around {config.num_hidden_layers} xLSTM blocks ({kinds}) that were trained to predict what the teacher does "
@@ -292,6 +309,13 @@ def _number(figures: dict[str, Any], name: str) -> str:
 def _learnt(facts: CardFacts) -> str:
     lines = [f"- Teacher: {plain(shown(facts.teacher.name))}, sha256 {code(facts.teacher.teacher_sha256[:16])}."]
     lines.append(f"- Corpus: {', '.join(map(code, facts.corpora)) or 'not known here'}.")
+    if facts.origin is not None:
+        layers, tokens = facts.origin
+        taught = f"; then each was taught its layer's attention on {tokens:,} tokens" if tokens else ""
+        lines.append(
+            f"- Blocks began with the weights of the teacher's layers {', '.join(map(str, layers))} (the first is 0)"
+            f"{taught}. Embedding and head are the teacher's in any case."
+        )
     for data, rows in facts.caches:
         shape = ", ".join(f"{name} {plain(data[name])}" for name in ("length", "k", "packing") if name in data)
         lines.append(f"- A cache of the teacher's outputs of {rows:,} training rows ({shape}).")
@@ -302,6 +326,10 @@ def _learnt(facts: CardFacts) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _derived_from(facts: CardFacts) -> str:
+    return "the teacher's outputs" if facts.origin is None else "the teacher's weights, and from its outputs"
+
+
 def _licences(facts: CardFacts) -> str:
     rows = [
         [
@@ -309,7 +337,7 @@ def _licences(facts: CardFacts) -> str:
             f"the teacher's: {plain(facts.teacher_licence)}",
             plain(facts.teacher_licence.source),
         ],
-        ["trained parameters", "derived from the teacher's outputs on the corpus: both licences", ""],
+        ["trained parameters", f"derived from {_derived_from(facts)} on the corpus: both licences", ""],
         ["corpus", plain(facts.corpus_licence), plain(facts.corpus_licence.source)],
         ["model code (`*.py`)", "apache-2.0", "`LICENSE`"],
     ]

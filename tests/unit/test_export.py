@@ -201,6 +201,24 @@ def test_figures_of_another_checkpoint_are_not_shown(run: Path, tmp_path: Path) 
     assert "Not measured yet" in text
 
 
+def test_the_card_tells_that_blocks_began_with_the_teachers_weights(tmp_path: Path) -> None:
+    run = write_toy_run(tmp_path, student_of(blocks=3))
+    options = ExportOptions(run, tmp_path / "out")
+    _, text = card_of(export(options).folder)
+    assert "3 xLSTM blocks (all transformer_mlstm)" in text and "Blocks began" not in text
+    assert "derived from the teacher's outputs on" in text
+    commit_json(run / "from_teacher.json", {"layers": [0, 2, 3], "align_tokens": 2560, "teacher": "/home/me/x"})
+    _, text = card_of(export(options).folder)
+    assert "weights of the teacher's layers 0, 2, 3 (the first is 0); then each was taught" in text
+    assert "on 2,560 tokens" in text and "derived from the teacher's weights, and" in text and "/home" not in text
+    commit_json(run / "from_teacher.json", {"layers": [0, 2, 3], "align_tokens": 0})
+    _, text = card_of(export(options).folder)
+    assert "layers 0, 2, 3 (the first is 0)." in text
+    for layers, tokens in (("<b>", 1), ([None] * 3, 1), ([0] * 3, "1"), ([0] * 3, None), ([0], 1)):  # a stranger's
+        commit_json(run / "from_teacher.json", {"layers": layers, "align_tokens": tokens})
+        assert "Blocks began" not in card_of(export(options).folder)[1]
+
+
 def test_licences_are_told_with_where_they_were_read(run: Path, tmp_path: Path) -> None:
     options = ExportOptions(run, tmp_path / "out", teacher_licence="Apache-2.0", corpus_licence="cc-by-sa-3.0, gfdl")
     front, text = card_of(export(options).folder)
@@ -259,6 +277,18 @@ def test_weights_that_are_not_finite_are_refused(run: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match="differ from the student's by nan .* nothing was written"):
         export(ExportOptions(run, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_student_itself_rounds_off_is_allowed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where activations are large, float32 leaves more than usual, of the student as of what is exported."""
+    monkeypatch.setattr("student.export_weights.MOST_DEVIATION", 0.0)
+    done = export(ExportOptions(run, tmp_path / "out"))
+    assert 0 < done.deviation < 1e-5
+    monkeypatch.setattr("student.export_weights.rounding", lambda student: done.deviation / 100)
+    with pytest.raises(UserError, match="differ from the student's by"):
+        export(ExportOptions(run, tmp_path / "again"))
 
 
 def test_a_strangers_names_stay_text(run: Path, tmp_path: Path) -> None:

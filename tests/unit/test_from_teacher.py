@@ -39,7 +39,9 @@ from pipeline.errors import UserError, run_command
 from student.attention_transfer import PARTS, attentions, mixer_parameters, transfer, transfer_losses
 from student.checkpoint import load_student
 from student.evaluate import EvaluateOptions, evaluate
+from student.export import ExportOptions, export
 from student.from_teacher import FromTeacherOptions, from_teacher, main, read_student
+from student.generate import main as generate_main
 from student.model import DistilXLSTM, StudentConfig
 from student.teacher_weights import (
     check_same_function,
@@ -275,10 +277,14 @@ def test_the_run_holds_the_taught_student(made: Path, start: Path) -> None:
     assert read_student(made / "student.yaml") == student.config and teacher.facts.width == D
 
 
-def test_a_start_is_evaluated_as_any_run_is(made: Path, start: Path) -> None:
+def test_a_start_is_evaluated_exported_and_continued_as_any_run_is(made: Path, start: Path) -> None:
     figures = evaluate(EvaluateOptions(str(start), str(made / "cache"), maps=1))
     assert figures["targets"] > 0 and math.isfinite(figures["student_cross_entropy"])
     assert (start / "evaluation.json").is_file()
+    folder = export(ExportOptions(start, made / "exported")).folder
+    card = (folder / "README.md").read_text()
+    assert "teacher's layers 0, 2, 3" in card and f"{figures['student_perplexity']:,.4f}" in card
+    assert generate_main(["--run", str(start), "--prompt", "the", "--max_new_tokens", "3", "--device", "cpu"]) is None
 
 
 def train(made: Path, run: Path, *more: str) -> int:
