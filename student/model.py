@@ -33,9 +33,8 @@ from xlstm.components.ln import LayerNorm
 from pipeline.errors import UserError
 from pipeline.teacher_folder import TeacherFacts
 from student.block_forward import use_fused_forward
-from student.graphed import GraphedBlocks
-from student.implicit_attention import pooled_implicit_attention
-from student.mlstm import capturing, mlstm_initial_state, mlstm_prefill, use_cell_backend
+from student.graphed import Blocks, GraphedBlocks
+from student.mlstm import mlstm_initial_state, mlstm_prefill, use_cell_backend
 from student.slstm import slstm_initial_state, slstm_prefill, use_scan_cell
 from student.transformer_block import TransformerBlock, TransformerShape, TransformerStack, check_transformer
 
@@ -187,17 +186,15 @@ class DistilXLSTM(nn.Module):
             ValueError: T is no multiple of `map_block`.
         """
         x_BTD = self.embed(input_ids_BT)
-        if self.graphed is not None and self.training and not map_block and self.graphed.fits(x_BTD):
-            return StudentOutput(self.graphed(x_BTD))
-        maps: dict[int, Tensor] = {}
-        for index, block in enumerate(self.stack.blocks):
-            if map_block and index in self.mlstm_blocks:
-                with capturing(block) as captured:
-                    x_BTD = block(x_BTD)
-                maps[index] = pooled_implicit_attention(*captured[0].attention_inputs(), map_block).mean(dim=1)
-            else:
-                x_BTD = block(x_BTD)
-        return StudentOutput(self.final_norm(x_BTD), maps)
+        if self.training and self.graphed is not None and self.graphed.fits(x_BTD, map_block):
+            h_BTD, *maps = self.graphed(x_BTD)
+        else:
+            h_BTD, *maps = self.blocks(map_block)(x_BTD)
+        return StudentOutput(h_BTD, dict(zip(self.mlstm_blocks, maps, strict=False)))
+
+    def blocks(self, map_block: int = 0) -> Blocks:
+        """All between embedding and head, as one module; with the maps of all mLSTM blocks unless `map_block` is 0."""
+        return Blocks(self.stack.blocks, self.final_norm, self.mlstm_blocks if map_block else (), map_block)
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """float32 logits (N, V) of hidden states after the final norm: scale, then soft cap, as `TeacherFacts` says."""

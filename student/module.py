@@ -96,8 +96,7 @@ class DistillModule(LightningModule):
         student: shape of the student.
         loss: terms and schedules of the loss.
         optimizer: AdamW and its learning rate.
-        graphs: on one GPU, launch the blocks as CUDA graphs (`student/graphed.py`); not with accumulated gradients, nor
-            with attention alignment.
+        graphs: on one GPU, launch the blocks as CUDA graphs (`student/graphed.py`); not with accumulated gradients.
 
     Needs a `CacheDataModule` as the trainer's data module.
     """
@@ -182,10 +181,11 @@ class DistillModule(LightningModule):
         trainer, data = self.trainer, self._data
         alone = trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
         lengths = {spec.length for spec in data.specs}
-        if self.graphs and self.device.type == "cuda" and alone and not self.loss.gamma and len(lengths) == 1:
+        if self.graphs and self.device.type == "cuda" and alone and len(lengths) == 1:
             assert self.model is not None
             dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
-            self.model.graphed = record(self.model.train(), data.batch_rows, lengths.pop(), dtype)
+            blocks = self.model.blocks(data.pool_block if self.loss.gamma else 0)
+            self.model.graphed = record(blocks, (data.batch_rows, lengths.pop(), self.model.facts.width), dtype)
 
     def on_train_start(self) -> None:
         self._tokens, self._since = 0, time.perf_counter()
