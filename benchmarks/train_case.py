@@ -25,6 +25,7 @@ from benchmarks.random_cache import benchmark_spec, random_columns, random_facts
 from pipeline.schema import CacheSpec
 from student.batch import IGNORE, Batch
 from student.data import TrainLoader
+from student.graphed import record
 from student.group_reader import to_batch
 from student.losses.attention import attention_alignment
 from student.model import DistilXLSTM, StudentConfig
@@ -49,6 +50,7 @@ class Case:
         cache, run: folders of the cases from shards.
         profile: print the kernels by their time instead.
         parts: time the parts of the step as well (synthetic).
+        graphs: launch the student's blocks as CUDA graphs.
     """
 
     case: str
@@ -71,6 +73,7 @@ class Case:
     run: str = ""
     profile: bool = False
     parts: bool = True
+    graphs: bool = False
 
     def spec(self) -> CacheSpec:
         return benchmark_spec(self.length, self.vocab, self.width, self.k, self.block, self.groups)
@@ -180,6 +183,9 @@ class OurStep:
         # Its own forward and loss, so that what is timed here is what is trained with.
         self.module = DistillModule(case.student(), self.config, OptimizerConfig())
         self.module.model = self.model
+        if case.graphs and device.type == "cuda":
+            blocks = self.model.blocks(case.block if self.config.gamma else 0)
+            self.model.graphed = record(blocks, (case.batch, case.length, case.width), torch.bfloat16)
         self.batch = synthetic_batch(case, device)
         self.optimizer = adamw(self.model.parameters(), device)
 
@@ -317,6 +323,7 @@ def train(case: Case, cache: str, **more: Any) -> dict[str, Any]:
         "trainer.accelerator": device.type,
         "trainer.limit_val_batches": 0,
         "model.loss.chunk_rows": case.loss().chunk_rows,
+        "model.graphs": case.graphs,
         "data.batch_rows": case.batch * case.gpus,
         **{f"model.student.{name}": value for name, value in asdict(config).items() if value is not None},
         **more,

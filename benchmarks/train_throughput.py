@@ -106,7 +106,8 @@ def case_of(arguments: argparse.Namespace, kind: str, preset: str, batch: int, l
     return Case(
         kind, batch, length, preset, steps, arguments.warmup, micro_rows=arguments.micro_rows,
         chunk_rows=arguments.chunk_rows, run=str(folder),
-        profile=arguments.profile, parts=not arguments.no_parts, **(SMALL if arguments.small else {}),
+        profile=arguments.profile, parts=not arguments.no_parts, graphs=arguments.graphs,
+        **(SMALL if arguments.small else {}),
     )  # fmt: skip
 
 
@@ -135,6 +136,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--chunk_rows", type=int, default=0, help="tokens whose logits exist at once; 0: the preset's")
     options.add_argument("--no_parts", action="store_true", help="leave out the times of the step's parts")
+    options.add_argument("--graphs", action="store_true", help="launch the student's blocks as CUDA graphs; see --name")
     options.add_argument("--profile", action="store_true", help="print our step's kernels by time; nothing is written")
     options.add_argument("--timeout", type=float, default=600.0, help="seconds after which a case is given up")
     options.add_argument("--scratch", help="folder on the disk that shards are written to")
