@@ -9,7 +9,7 @@ from string import Template
 
 from benchmarks.measured import Row
 from benchmarks.quality.arms import QUESTIONS, load_arms
-from benchmarks.quality.plots import kl_by_arm, positions, training_curves
+from benchmarks.quality.plots import COLOURS, kl_by_arm, positions, training_curves
 from benchmarks.quality.results import TEACHER
 from benchmarks.quality.tables import (
     CE,
@@ -147,7 +147,9 @@ def _question(rows: Sequence[Row], curves: Sequence[Row], name: str, budgets: li
 
 
 def _positions(rows: Sequence[Row], budget: str, pictures: Path) -> str:
-    arms = of_question(rows, budget, "signal") or of_budget(rows, budget)
+    # What is learned from nothing beside what begins as the teacher; each arm has a colour of its own.
+    arms = of_question(rows, budget, "start") | of_question(rows, budget, "signal") or of_budget(rows, budget)
+    arms = dict(list(arms.items())[: len(COLOURS)])
     picture = pictures / f"positions-{budget}.png"
     commit_bytes(picture, positions(arms, teacher_row(rows, budget)))
     return f"*{budget}*, held-out text.\n\n![Cross-entropy by position]({pictures.name}/{picture.name})\n"
