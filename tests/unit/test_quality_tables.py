@@ -86,7 +86,7 @@ def test_the_report_is_written_from_rows_alone(tmp_path: Path) -> None:
     curves = [{"arm": "ce", "seed": 0, "budget": "screen", "step": [10, 20], "ce": [9.0, 8.0]}]
     page = write_report([TEACHER, *ROWS], curves, tmp_path)
     text = page.read_text()
-    assert "$" not in text and "12,345,678 trained" in text and "some GPU" in text
+    assert "$" not in text and "Trained parameters: 12,345,678." in text and "some GPU" in text
     for told in (
         "262,144 held-out targets",
         "4.2 million token positions, 256 steps, 4 arms, seeds 0, 1, 2",
