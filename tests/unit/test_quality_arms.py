@@ -130,7 +130,7 @@ def test_figures_are_out_of_date_when_what_they_depend_on_changes(monkeypatch: p
 
 def test_choosing() -> None:
     screen, headline = BUDGETS["screen"], BUDGETS["headline"]
-    assert [arm.name for arm in chosen(ARMS, ["tail-k8", "ce"], None, screen)] == ["ce", "tail-k8"]
+    assert [arm.name for arm in chosen(ARMS, ["tail-k8", "ce"], None, screen)] == ["tail-k8", "ce"]
     of_k = [arm.name for arm in chosen(ARMS, None, "k", screen)]
     assert of_k[0] == "mix-0.9" and set(of_k) == {"mix-0.9", *(f"tail-k{k}" for k in (8, 16, 32, 64))}
     assert {arm.budget for arm in chosen(ARMS, None, None, headline)} == {"headline"}
