@@ -33,7 +33,10 @@ from student.mlstm import CellBackend, CellInputs, capturing, final_memory
 FORGET_BIAS = 6.0
 """σ(6) = 0.9975: a memory of some 400 tokens to begin with."""
 INPUT_BIAS = 10.0
-"""exp(−m), the floor of the cell's normaliser, is then far below any sum of features."""
+"""exp(−m), the floor of the cell's normaliser, is then far below any sum of products."""
+INPUT_SHIFT = 20.0
+"""Added to the input gates of a softmax block, whose output does not depend on it: the floor stays out of its implicit
+attention as well, however far training closes a gate."""
 
 
 FEATURE_MAPS = ("q_map", "k_map")
@@ -285,10 +288,13 @@ def mixer_inputs(
     groups = heads // kv_heads
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    # The bias is added in float32: beside 10, bfloat16 tells nothing below 1/16 apart.
     gates = [
-        widened(F.linear(normed_BTD, weight, bias).transpose(1, 2))
+        widened(F.linear(normed_BTD, weight)).transpose(1, 2) + widened(bias)[:, None]
         for weight, bias in ((igate_HD, igate_bias), (fgate_HD, fgate_bias))
     ]
+    if q_map is not None:
+        gates[0] = gates[0] + INPUT_SHIFT
     return q.contiguous(), k.contiguous(), v.contiguous(), gates[0], gates[1], F.linear(normed_BTD, gate_ED)
 
 

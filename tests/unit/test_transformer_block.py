@@ -57,7 +57,7 @@ def test_a_fresh_block_attends_and_gates_nothing_away() -> None:
     block = DistilXLSTM(student_of(), facts, tensors, max_length=64).stack.blocks[0]
     x_BTD = torch.randn(2, 8, 64)
     inputs, gate_BTE = block.cell_inputs(x_BTD, 0)
-    assert not gate_BTE.any() and inputs.igate_BHT.unique().tolist() == [10.0]
+    assert not gate_BTE.any() and inputs.igate_BHT.unique().tolist() == [30.0]
     assert inputs.fgate_BHT.unique().tolist() == [6.0]
     torch.testing.assert_close(inputs.q_BHTd.sum(-1), torch.ones(2, 4, 8))
     torch.testing.assert_close(block.q_map @ block.q_map * 4, torch.eye(16).expand(4, 16, 16))
