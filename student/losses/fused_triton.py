@@ -45,7 +45,8 @@ def _kd_rows(
     z_ptr, stride_c, vocab, target_ptr, ids_ptr, teacher_ptr, log_tail_ptr, ce_ptr, kl_ptr,
     draw_ids_ptr, draw_logits_ptr, log_tail_1_ptr,
     weight_ce, weight_kl, tau, scale, soft_cap, IGNORED: tl.constexpr, K: tl.constexpr, K2: tl.constexpr,
-    M: tl.constexpr, M2: tl.constexpr, V_BLOCK: tl.constexpr, KL: tl.constexpr, TAIL: tl.constexpr,
+    M: tl.constexpr, M2: tl.constexpr, V_BLOCK: tl.constexpr, V_ROWS: tl.constexpr,
+    UNIT: tl.constexpr, KL: tl.constexpr, TAIL: tl.constexpr,
     RENORMALISED: tl.constexpr, SAMPLED: tl.constexpr, GRADIENT: tl.constexpr, CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
 ):  # fmt: skip
@@ -64,6 +65,7 @@ def _kd_rows(
         return
 
     low = -3.0e38
+    inverse_tau = 1.0 / tau
     z_target = _shaped(tl.load(z_ptr + target), scale, soft_cap, CAPPED, SCALED)
     k = tl.arange(0, K2)
     real = k < K
@@ -82,18 +84,26 @@ def _kd_rows(
         tl.store(z_ptr + ids, tl.full([K2], float("-inf"), tl.float32).to(z_ptr.dtype.element_ty), mask=real)
         tl.debug_barrier()
 
-    # First pass: the sums of what is left, at tau 1 and at tau, relative to its largest.
-    peak = tl.full([], low, tl.float32)
-    rest = tl.full([], 0.0, tl.float32)
-    rest_tau = tl.full([], 0.0, tl.float32)
-    for first in range(0, vocab, V_BLOCK):
-        raw = tl.load(z_ptr + first + v, mask=first + v < vocab, other=float("-inf"))
+    # First pass: the sums of what is left, at tau 1 and at tau, relative to its largest. Columns of a tile have sums of
+    # their own until the end, so that threads need not wait for one another.
+    peaks = tl.full([V_BLOCK], low, tl.float32)
+    rests = tl.full([V_BLOCK], 0.0, tl.float32)
+    rests_tau = tl.full([V_BLOCK], 0.0, tl.float32)
+    tile = tl.arange(0, V_ROWS)[:, None] * V_BLOCK + v[None, :]
+    for first in range(0, vocab, V_ROWS * V_BLOCK):
+        raw = tl.load(z_ptr + first + tile, mask=first + tile < vocab, other=float("-inf"))
         x = tl.where(raw == float("-inf"), float("-inf"), _shaped(raw, scale, soft_cap, CAPPED, SCALED))
-        new = tl.maximum(peak, tl.max(x))
-        rest = rest * tl.exp(peak - new) + tl.sum(tl.exp(x - new))
-        if TAIL or SAMPLED:
-            rest_tau = rest_tau * tl.exp((peak - new) / tau) + tl.sum(tl.exp((x - new) / tau))
-        peak = new
+        news = tl.maximum(peaks, tl.max(x, axis=0))
+        rests = rests * tl.exp(peaks - news) + tl.sum(tl.exp(x - news[None, :]), axis=0)
+        if (TAIL or SAMPLED) and not UNIT:
+            moved = tl.exp((peaks - news) * inverse_tau)
+            rests_tau = rests_tau * moved + tl.sum(tl.exp((x - news[None, :]) * inverse_tau), axis=0)
+        peaks = news
+    peak = tl.max(peaks)
+    rest = tl.sum(rests * tl.exp(peaks - peak))
+    rest_tau = rest
+    if (TAIL or SAMPLED) and not UNIT:
+        rest_tau = tl.sum(rests_tau * tl.exp((peaks - peak) * inverse_tau))
 
     top = peak
     total = rest
@@ -155,9 +165,12 @@ def _kd_rows(
         for first in range(0, vocab, V_BLOCK):
             raw = tl.load(z_ptr + first + v, mask=first + v < vocab, other=float("-inf"))
             x = tl.where(raw == float("-inf"), float("-inf"), _shaped(raw, scale, soft_cap, CAPPED, SCALED))
-            grad = weight_ce * tl.exp(x - lse)
-            if TAIL or SAMPLED:
-                grad += factor * tl.exp((x - peak) / tau)
+            if (TAIL or SAMPLED) and UNIT:  # both are the same exponential
+                grad = (weight_ce * tl.exp(peak - lse) + factor) * tl.exp(x - peak)
+            else:
+                grad = weight_ce * tl.exp(x - lse)
+                if TAIL or SAMPLED:
+                    grad += factor * tl.exp((x - peak) * inverse_tau)
             grad -= tl.where(first + v == target, weight_ce, 0.0)
             grad = _unshaped(grad, x, scale, soft_cap, CAPPED, SCALED)
             tl.store(z_ptr + first + v, grad.to(z_ptr.dtype.element_ty), mask=first + v < vocab)
@@ -207,6 +220,7 @@ def kd_rows_(
         draws: ids_CM, logits_CM and log_tail_1_C of `fused.TailDraws`, for `sampled`. No draw is one of the K ids.
     """
     rows, vocab = raw_CV.shape
+    block = min(4096, triton.next_power_of_2(vocab))
     assert raw_CV.stride(1) == 1
     ce_C = torch.empty(rows, dtype=torch.float32, device=raw_CV.device)
     kl_C = torch.empty_like(ce_C) if weight_kl else None
@@ -219,7 +233,7 @@ def kd_rows_(
         ce_C, ce_C if kl_C is None else kl_C, ids_CM.contiguous(), draw_logits_CM.contiguous(),
         log_tail_1_C.contiguous(), weight_ce, weight_kl, tau, logit_scale, soft_cap or 1.0,
         IGNORED=IGNORE, K=k, K2=triton.next_power_of_2(max(k, 2)), M=m, M2=triton.next_power_of_2(max(m, 2)),
-        V_BLOCK=min(8192, triton.next_power_of_2(vocab)), KL=kl is not None, TAIL=kl == "tail",
+        V_BLOCK=block, V_ROWS=4 if vocab > block else 1, UNIT=tau == 1.0, KL=kl is not None, TAIL=kl == "tail",
         RENORMALISED=kl == "renormalised", SAMPLED=kl == "sampled",
         GRADIENT=gradient, CAPPED=soft_cap is not None, SCALED=logit_scale != 1.0, num_warps=16,
     )  # fmt: skip
