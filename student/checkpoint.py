@@ -3,7 +3,7 @@
 run.json              `RunRecord`: the student's shape and which teacher it belongs to
 teacher/              a copy of the cache's teacher folder, so that the run alone can be evaluated and generate
 checkpoints/          last.ckpt, best.ckpt and others: Lightning checkpoints whose state_dict has the student's
-                      trained parameters under "model."
+                      trained parameters under "model.", embedding and head only where they are trained
 """
 
 from __future__ import annotations

@@ -126,7 +126,8 @@ def export(options: ExportOptions) -> Exported:
             files["LICENSE.teacher"] = teacher.file(name).read_bytes()
             break
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    card = source.facts(teacher, config, options.dtype, student.trainable_parameters(), parameters)
+    trained = student.trainable_parameters()
+    card = source.facts(teacher, config, options.dtype, trained, parameters, student.unfrozen)
     files["README.md"] = model_card(card).encode()
 
     out.mkdir(parents=True, exist_ok=True)

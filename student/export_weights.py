@@ -63,7 +63,7 @@ def exported_config(student: DistilXLSTM) -> DistilXLSTMConfig:
         logit_scale=facts.logit_scale,
         logit_soft_cap=facts.soft_cap,
         trained_length=student.max_length,
-        tie_word_embeddings=facts.tied,
+        tie_word_embeddings=student.tied,
         bos_token_id=bos,
         eos_token_id=ends[0] if len(ends) == 1 else ends,
         pad_token_id=ends[-1] if pad is None else pad,
@@ -78,7 +78,7 @@ def _kind(block: nn.Module) -> str:
 
 
 def exported_tensors(student: DistilXLSTM, dtype: torch.dtype) -> Named:
-    """The tensors of the exported model: the teacher's embedding, its head unless tied, and all trained parameters."""
+    """The tensors of the exported model: embedding, head unless tied, blocks and norm."""
     named: Named = {"model.embed_tokens.weight": student.embedding_VD}
     if student.untied_head_VD is not None:
         named["lm_head.weight"] = student.untied_head_VD

@@ -62,16 +62,20 @@ class GraphedBlocks:
         blocks: in training mode, on the GPU that the graphs are for.
         shape: B, T and D.
         dtype: what autocast multiplies in; None: no autocast.
+        input_gradient: whether x_BTD gets a gradient, as the output of a trained embedding does.
 
     Raises:
         RuntimeError: something in the blocks cannot be recorded.
     """
 
-    def __init__(self, blocks: Blocks, shape: tuple[int, int, int], dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, blocks: Blocks, shape: tuple[int, int, int], dtype: torch.dtype | None, input_gradient: bool = False
+    ) -> None:
         device = next(blocks.parameters()).device
-        self.shape, self.map_block = shape, blocks.map_block
+        self.shape, self.map_block, self.input_gradient = shape, blocks.map_block, input_gradient
         # Different everywhere: nothing divides by a variance of zero.
         x_BTD = torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device)
+        x_BTD.requires_grad_(input_gradient)
         # Casts that autocast remembers would be of another recording.
         with torch.autocast("cuda", dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False):
             self._run: Any = torch.cuda.make_graphed_callables(
@@ -81,7 +85,7 @@ class GraphedBlocks:
     def fits(self, x_BTD: Tensor, map_block: int) -> bool:
         """Whether this batch is of the recorded kind."""
         same = x_BTD.shape == self.shape and map_block == self.map_block
-        return same and torch.is_grad_enabled() and not x_BTD.requires_grad
+        return same and torch.is_grad_enabled() and x_BTD.requires_grad == self.input_gradient
 
     def __call__(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
         """As `Blocks`; valid until the next call."""
@@ -89,10 +93,12 @@ class GraphedBlocks:
         return outputs
 
 
-def record(blocks: Blocks, shape: tuple[int, int, int], dtype: torch.dtype | None) -> GraphedBlocks | None:
+def record(
+    blocks: Blocks, shape: tuple[int, int, int], dtype: torch.dtype | None, input_gradient: bool = False
+) -> GraphedBlocks | None:
     """Graphs of a student's blocks; None, with a warning, where they cannot be recorded."""
     try:
-        return GraphedBlocks(blocks.train(), shape, dtype)
+        return GraphedBlocks(blocks.train(), shape, dtype, input_gradient)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -1,4 +1,8 @@
-"""`--init_from`: a new run that begins with the weights of another one's student."""
+"""`--init_from`: a new run that begins with the weights of another one's student.
+
+The new student has the other's shape, but may train an embedding or a head that the other had left frozen: it begins
+as the teacher's. Not the other way round: a frozen one is the teacher's own, and a trained one is not.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,14 @@ from pathlib import Path
 
 from pipeline.commit import commit_json, read_json
 from pipeline.errors import UserError
+from pipeline.teacher_folder import TeacherFolder
 from student.checkpoint import RunRecord, load_student
 from student.identity import Teaching, require_same_teacher
-from student.model import DistilXLSTM, StudentConfig
+from student.model import VOCABULARY, DistilXLSTM, StudentConfig, stays_tied
 from student.run_folder import ORIGIN
+
+UNFROZEN = ("train_embedding", "train_head")
+"""Fields of a student's shape that a new run may set true."""
 
 
 def find_initial(place: str) -> tuple[Path, str]:
@@ -31,16 +39,32 @@ def check_initial(place: str, student: StudentConfig, of_cache: Teaching) -> Non
     """Refuse a run whose student cannot go on as `student` on this cache, before anything is loaded.
 
     Raises:
-        UserError: no such run, of another teacher, or of another shape; names every field and both values.
+        UserError: no such run, of another teacher, of another shape, or one that trained an embedding or head which the
+            new one could not take over; names every field and both values.
     """
     run, _ = find_initial(place)
     record = RunRecord.read(run)
     require_same_teacher(of_cache, record.teaching(run), "Name a run of the cache's teacher with --init_from")
     before, now = asdict(record.student), asdict(student)
-    differing = [name for name in now if before[name] != now[name]]
+    for name in UNFROZEN:
+        if before[name] and not now[name]:
+            raise UserError(
+                f"--init_from {place}: --model.student.{name} is False, in {run} it is True: a frozen one is the "
+                f"teacher's, and that student's is not any more. Give the new one --model.student.{name} true"
+            )
+    differing = [name for name in now if name not in UNFROZEN and before[name] != now[name]]
     if differing:
         told = "; ".join(f"--model.student.{name} is {now[name]}, in {run} it is {before[name]}" for name in differing)
         raise UserError(f"--init_from {place} holds another student: {told}. Give the new student that shape")
+    trained = record.student.train_embedding or record.student.train_head
+    if trained and TeacherFolder(run / record.teacher).facts.tied:
+        was, will = stays_tied(record.student, True), stays_tied(student, True)
+        if was != will:
+            raise UserError(
+                f"--init_from {place}: embedding and head of {run} are two, since only one of them was trained; where "
+                "both are, those of this teacher are one, tied as its own are. Train the same one as that run, or begin "
+                "with a run that trained neither"
+            )
 
 
 def keep_origin(place: str, run: Path) -> None:
@@ -56,11 +80,12 @@ def keep_origin(place: str, run: Path) -> None:
 
 
 def load_initial(place: str, model: DistilXLSTM | None) -> None:
-    """Copy the weights of the student that `--init_from` names into `model`.
+    """Copy the weights of the student that `--init_from` names into `model`; what it had frozen stays as it is.
 
     Raises:
         UserError: see `load_student`.
     """
     assert model is not None
     student, _ = load_student(*find_initial(place))
-    model.load_state_dict(student.state_dict())
+    of_teacher = {name: tensor for name, tensor in model.state_dict().items() if name in VOCABULARY}
+    model.load_state_dict(of_teacher | student.state_dict())

@@ -1,7 +1,8 @@
-"""The student: frozen teacher embedding -> xLSTM blocks -> final norm -> frozen teacher head.
+"""The student: the teacher's embedding -> xLSTM blocks -> final norm -> the teacher's head.
 
 Distil-xLSTM (arXiv 2503.18565, section 3): sLSTM and mLSTM blocks in turn, of the teacher's width, between the
-teacher's own embedding and language-model head, neither of which is trained or stored again in a checkpoint. The blocks
+teacher's own embedding and language-model head, neither of which is trained or stored again in a checkpoint unless the
+configuration says so: a trained one begins as the teacher's and is a float32 parameter like any other. The blocks
 are those of the `xlstm` package (arXiv 2405.04517); `student/mlstm.py` and `student/slstm.py` say how their cells are
 computed here, `student/block_forward.py` how whole blocks are on a GPU. Or all are mLSTM blocks of the teacher's shape
 (`student/transformer_block.py`), which can begin with its weights.
@@ -38,6 +39,9 @@ from student.mlstm import mlstm_initial_state, mlstm_prefill, use_cell_backend
 from student.slstm import slstm_initial_state, slstm_prefill, use_scan_cell
 from student.transformer_block import TransformerBlock, TransformerShape, TransformerStack, check_transformer
 
+VOCABULARY = ("embedding_VD", "untied_head_VD")
+"""Names of the embedding and of a head that is not the embedding: buffers where frozen, parameters where trained."""
+
 
 @dataclass(frozen=True)
 class StudentConfig:
@@ -62,6 +66,12 @@ class StudentConfig:
     Both are trained."""
     transformer: TransformerShape | None = None
     """Blocks of a Transformer's shape, all mLSTM, in the place of the package's, whose options then have no effect."""
+    train_embedding: bool = False
+    """Train the embedding too, from the teacher's. A head that the teacher ties to it stays the teacher's, unless it is
+    trained as well."""
+    train_head: bool = False
+    """Train the head too, from the teacher's. Where the teacher ties it to the embedding, it is untied; where both are
+    trained they stay one tied parameter."""
 
     @staticmethod
     def of(values: Any) -> StudentConfig:
@@ -140,10 +150,10 @@ class DistilXLSTM(nn.Module):
         self.graphed: GraphedBlocks | None = None
         self.embedding_VD: Tensor
         self.untied_head_VD: Tensor | None
-        self.register_buffer("embedding_VD", tensors["embedding_VD"].detach(), persistent=False)
-        # One buffer where the two are tied: `to(device)` would make two of a shared one.
-        untied = None if facts.tied else tensors["head_VD"].detach()
-        self.register_buffer("untied_head_VD", untied, persistent=False)
+        self._add_vocabulary("embedding_VD", tensors["embedding_VD"], config.train_embedding)
+        # One tensor where the two are tied: `to(device)` would make two of a shared one.
+        untied = None if stays_tied(config, facts.tied) else tensors["head_VD"]
+        self._add_vocabulary("untied_head_VD", untied, config.train_head)
         self.stack: Any  # a module with `blocks`
         if config.transformer is not None:
             self.stack = TransformerStack(config.blocks, facts.width, config.heads, config.transformer, facts.norm_eps)
@@ -160,10 +170,27 @@ class DistilXLSTM(nn.Module):
         else:
             self.final_norm = LayerNorm(ndim=facts.width)
 
+    def _add_vocabulary(self, name: str, value_VD: Tensor | None, trained: bool) -> None:
+        if value_VD is None or not trained:
+            self.register_buffer(name, None if value_VD is None else value_VD.detach(), persistent=False)
+        else:
+            # A copy: the teacher's own tensor may be the other one's too.
+            self.register_parameter(name, nn.Parameter(value_VD.detach().to(torch.float32, copy=True)))
+
+    @property
+    def tied(self) -> bool:
+        """Whether head and embedding are one tensor."""
+        return self.untied_head_VD is None
+
     @property
     def head_VD(self) -> Tensor:
-        """The frozen head (V, D), in the teacher's dtype; the embedding itself where the teacher ties them."""
+        """The head (V, D), the embedding itself where tied; a frozen one in the teacher's dtype."""
         return self.embedding_VD if self.untied_head_VD is None else self.untied_head_VD
+
+    @property
+    def unfrozen(self) -> tuple[str, ...]:
+        """Which of `embedding` and `head` are trained."""
+        return tuple(part for part in ("embedding", "head") if getattr(self.config, f"train_{part}"))
 
     @property
     def mlstm_blocks(self) -> tuple[int, ...]:
@@ -232,6 +259,11 @@ class DistilXLSTM(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
+def stays_tied(config: StudentConfig, teacher_ties: bool) -> bool:
+    """Whether such a student's head is its embedding: the teacher ties them and both are trained, or neither."""
+    return teacher_ties and config.train_embedding == config.train_head
+
+
 MOST_OF = {"blocks": 1024, "heads": 4096, "conv_kernel": 1024, "mlstm_qkv_blocksize": 1 << 16}
 """Largest whole numbers of a configuration: a run from someone else must not ask for any memory it likes."""
 MOST_FACTOR = 64.0
@@ -250,6 +282,9 @@ def _check_types(config: StudentConfig) -> None:
     at = config.slstm_at
     if at is not None and not (isinstance(at, list | tuple) and all(type(index) is int for index in at)):
         raise UserError(f"student.slstm_at={reprlib.repr(at)}: must be a list of block numbers")
+    for name in ("train_embedding", "train_head"):
+        if type(getattr(config, name)) is not bool:
+            raise UserError(f"student.{name}={reprlib.repr(getattr(config, name))}: must be true or false")
     if config.final_norm not in ("layernorm", "teacher"):
         raise UserError(f"student.final_norm={reprlib.repr(config.final_norm)}: must be layernorm or teacher")
 

@@ -53,6 +53,7 @@ class CardFacts:
         teacher: its facts.
         dtype: of the stored weights.
         trained, all: numbers of parameters.
+        unfrozen: which of embedding and head were trained.
         checkpoint: what was exported.
         steps: optimiser steps behind it; None where the checkpoint does not say.
         corpora: sources of the caches that are here; empty where none is.
@@ -71,6 +72,7 @@ class CardFacts:
     dtype: str
     trained: int
     all: int
+    unfrozen: tuple[str, ...]
     checkpoint: str
     steps: int | None
     corpora: list[str]
@@ -121,8 +123,9 @@ class CardSource:
                 self.caches.append(found)
 
     def facts(
-        self, teacher: TeacherFolder, config: DistilXLSTMConfig, dtype: str, trained: int, parameters: int
-    ) -> CardFacts:
+        self, teacher: TeacherFolder, config: DistilXLSTMConfig, dtype: str, trained: int, parameters: int,
+        unfrozen: tuple[str, ...],
+    ) -> CardFacts:  # fmt: skip
         """Everything the card tells.
 
         Raises:
@@ -138,6 +141,7 @@ class CardSource:
             dtype=dtype,
             trained=trained,
             all=parameters,
+            unfrozen=unfrozen,
             checkpoint=Path(self.checkpoint).name,
             steps=_steps(checkpoint_path(self.run, self.checkpoint)),
             corpora=[shown(source) for source in sources],
@@ -244,8 +248,10 @@ def _opening(facts: CardFacts) -> str:
     config = facts.config
     same = len(set(config.block_types)) == 1
     kinds = f"all {config.block_types[0]}" if same else ", ".join(config.block_types)
+    changed = {0: "unchanged", 1: f"of which the {''.join(facts.unfrozen)} was trained further"}
     return (
-        f"A recurrent language model: the embedding and the head of {plain(shown(facts.teacher.name))}, unchanged, "
+        f"A recurrent language model: the embedding and the head of {plain(shown(facts.teacher.name))}, "
+        f"{changed.get(len(facts.unfrozen), 'trained further')}, "
         f"around {config.num_hidden_layers} xLSTM blocks ({kinds}) that were trained to predict what the teacher does "
         "([Distil-xLSTM](https://arxiv.org/abs/2503.18565), [xLSTM](https://arxiv.org/abs/2405.04517)).\n\n"
         f"Width {config.hidden_size}, {config.num_heads} heads, {config.vocab_size:,} ids; {facts.trained:,} trained "
@@ -314,7 +320,7 @@ def _learnt(facts: CardFacts) -> str:
         taught = f"; then each was taught its layer's attention on {tokens:,} tokens" if tokens else ""
         lines.append(
             f"- Blocks began with the weights of the teacher's layers {', '.join(map(str, layers))} (the first is 0)"
-            f"{taught}. Embedding and head are the teacher's in any case."
+            f"{taught}. Embedding and head {'began as' if facts.unfrozen else 'are'} the teacher's in any case."
         )
     for data, rows in facts.caches:
         shape = ", ".join(f"{name} {plain(data[name])}" for name in ("length", "k", "packing") if name in data)
@@ -327,13 +333,15 @@ def _learnt(facts: CardFacts) -> str:
 
 
 def _derived_from(facts: CardFacts) -> str:
-    return "the teacher's outputs" if facts.origin is None else "the teacher's weights, and from its outputs"
+    outputs_only = facts.origin is None and not facts.unfrozen
+    return "the teacher's outputs" if outputs_only else "the teacher's weights, and from its outputs"
 
 
 def _licences(facts: CardFacts) -> str:
+    kept = [part for part in ("embedding", "head") if part not in facts.unfrozen]
     rows = [
         [
-            "embedding, head and tokenizer",
+            f"{', '.join(kept)} and tokenizer" if kept else "tokenizer",
             f"the teacher's: {plain(facts.teacher_licence)}",
             plain(facts.teacher_licence.source),
         ],

@@ -32,7 +32,7 @@ from student.losses.attention import attention_alignment
 from student.losses.frobenius import frobenius
 from student.losses.fused import Head, KDSums, TailDraws, TeacherTopK, fused_kd_sums
 from student.losses.sparse_kd import Divergence, log_tail_at
-from student.model import DistilXLSTM, StudentConfig
+from student.model import VOCABULARY, DistilXLSTM, StudentConfig
 from student.ranks import over_ranks
 from student.schedule import StepCounter
 from student.sharding import ShardedStrategy, shard, whole
@@ -71,8 +71,8 @@ class OptimizerConfig:
     lr: float = 2e-4
     """Peak learning rate."""
     weight_decay: float = 0.01
-    """Decay of matrices; vectors (norms, biases, gates) and feature maps, which begin as scaled identities, are never
-    decayed."""
+    """Decay of matrices; vectors (norms, biases, gates), feature maps, which begin as scaled identities, and a trained
+    embedding or head are never decayed."""
     warmup_fraction: float = 0.1
     """Share of all steps in which the rate rises from 0 to its peak."""
     min_lr_fraction: float = 0.0
@@ -131,7 +131,8 @@ class DistillModule(LightningModule):
         draws = data.tail_samples if data.keeps_k else None
         self.loss.check(data.taus, data.has_hidden, data.pool_block > 0, len(student.mlstm_blocks), draws)
         data.read_only(self.loss.columns())
-        # Frozen and read by every rank from the same file: DDP would send them round before each step.
+        # Frozen and read by every rank from the same file: DDP would send them round before each step. What is trained
+        # is a parameter, and none of them.
         frozen = [f"model.{name}" for name, _ in student.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
         return student
@@ -185,7 +186,8 @@ class DistillModule(LightningModule):
             assert self.model is not None
             dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
             blocks = self.model.blocks(data.pool_block if self.loss.gamma else 0)
-            self.model.graphed = record(blocks, (data.batch_rows, lengths.pop(), self.model.facts.width), dtype)
+            shape = (data.batch_rows, lengths.pop(), self.model.facts.width)
+            self.model.graphed = record(blocks, shape, dtype, input_gradient=self.student.train_embedding)
 
     def on_train_start(self) -> None:
         self._tokens, self._since = 0, time.perf_counter()
@@ -368,9 +370,9 @@ class DistillModule(LightningModule):
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether a parameter's neutral value is 0, towards which weight decay pulls.
 
-    A feature map's is not: at 0 all keys are alike.
+    A feature map's is not: at 0 all keys are alike. Nor is an embedding's or head's: they begin as the teacher's.
     """
-    return parameter.ndim >= 2 and name.rpartition(".")[2] not in FEATURE_MAPS
+    return parameter.ndim >= 2 and name.rpartition(".")[2] not in (*FEATURE_MAPS, *VOCABULARY)
 
 
 def _teacher(batch: Batch, tau: float, kl: Divergence | None) -> TeacherTopK:

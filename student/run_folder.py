@@ -40,7 +40,12 @@ FIXED_TRAINER_OPTIONS = (
 )
 """Trainer options that a run's result depends on; the others (devices, logging, ...) may change between sittings."""
 
-ADDED_SINCE = {"model.loss.kl": "tail", "model.graphs": False}
+ADDED_SINCE = {
+    "model.loss.kl": "tail",
+    "model.graphs": False,
+    "model.student.train_embedding": False,
+    "model.student.train_head": False,
+}
 """Options that earlier versions did not have -> what those did: a run of theirs can go on."""
 
 

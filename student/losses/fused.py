@@ -1,7 +1,8 @@
 """Head, cross-entropy, a divergence and the gradient to the hidden state in one pass over chunks of tokens.
 
-The frozen head needs no weight gradient, so each chunk's logits die as soon as their gradient has been multiplied back:
-N x V never exists. `sparse_kd.py` is the same in plain PyTorch; on a GPU `fused_triton.py` does the work of `_chunk`.
+Each chunk's logits die as soon as their gradient has been multiplied back, to the hidden states and, where the head is
+trained, to its weight: N x V never exists. A frozen head costs nothing more. `sparse_kd.py` is the same in plain
+PyTorch; on a GPU `fused_triton.py` does the work of `_chunk`.
 
 Legend: N positions, V vocabulary, D width, K top-k ids, M draws from the tail; C rows of one chunk.
 """
@@ -23,7 +24,7 @@ _CPU_BLOCK_ROWS = 8
 
 @dataclass(frozen=True)
 class Head:
-    """The frozen LM head and what follows it: logits = cap(scale * h @ weight^T), cap(z) = c tanh(z / c)."""
+    """The LM head, trained or not, and what follows it: logits = cap(scale * h @ weight^T), cap(z) = c tanh(z / c)."""
 
     weight_VD: Tensor
     logit_scale: float = 1.0
@@ -83,7 +84,8 @@ def fused_kd_sums(
     matmul_dtype: torch.dtype | None = None,
     kl: Divergence = "tail",
 ) -> KDSums:
-    """total = sum_N [weight_ce * CE + weight_kl * KL(p_tau || q_tau)] and its gradient to `h_ND`.
+    """total = sum_N [weight_ce * CE + weight_kl * KL(p_tau || q_tau)] and its gradient to `h_ND` and, where it
+    requires one, to the head's weight.
 
     Positions whose target is IGNORE count in nothing and may hold NaN in the teacher's tensors.
 
@@ -104,8 +106,10 @@ def fused_kd_sums(
     if matmul_dtype is None:
         device = h_ND.device.type
         matmul_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
+    # Inside of an autograd function a parameter wants a gradient even where none is recorded, as in validation.
+    weight_VD = head.weight_VD if torch.is_grad_enabled() else head.weight_VD.detach()
     sums = _FusedKD.apply(  # type: ignore[no-untyped-call]
-        h_ND, head, target_N, teacher, weight_ce, weight_kl, tau, chunk_rows, matmul_dtype, kl
+        h_ND, weight_VD, head, target_N, teacher, weight_ce, weight_kl, tau, chunk_rows, matmul_dtype, kl
     )
     return KDSums(*sums)
 
@@ -115,6 +119,7 @@ class _FusedKD(torch.autograd.Function):
     def forward(
         ctx: Any,
         h_ND: Tensor,
+        weight_VD: Tensor,
         head: Head,
         target_N: Tensor,
         teacher: TeacherTopK,
@@ -125,12 +130,15 @@ class _FusedKD(torch.autograd.Function):
         matmul_dtype: torch.dtype,
         divergence: Divergence,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wants_gradient = ctx.needs_input_grad[0]
+        to_h, to_weight = ctx.needs_input_grad[:2]
+        wants_gradient = to_h or to_weight
         out_dtype = torch.float64 if h_ND.dtype == torch.float64 else torch.float32
         # A CPU is fastest when the element-wise passes stay in its cache; elsewhere (float64 on a GPU) one launch each.
         step = _CPU_BLOCK_ROWS if h_ND.device.type == "cpu" else chunk_rows
-        head_VD = head.weight_VD.to(matmul_dtype)
-        grad_ND = torch.empty_like(h_ND) if wants_gradient else None
+        head_VD = weight_VD.to(matmul_dtype)
+        grad_ND = torch.empty_like(h_ND) if to_h else None
+        # Not in bfloat16, in which the sum over chunks would lose what each adds.
+        grad_VD = torch.zeros(head_VD.shape, dtype=out_dtype, device=h_ND.device) if to_weight else None
         ce = torch.zeros((), dtype=out_dtype, device=h_ND.device)
         kl = torch.full_like(ce, 0.0 if weight_kl else math.nan)
         rows = min(chunk_rows, h_ND.shape[0])
@@ -139,41 +147,56 @@ class _FusedKD(torch.autograd.Function):
             for start in range(0, h_ND.shape[0], chunk_rows):
                 h_CD = h_ND[start : start + chunk_rows].to(matmul_dtype)
                 z_CV = torch.mm(h_CD, head_VD.T, out=buffer_CV[: h_CD.shape[0]])
-                if h_ND.is_cuda and out_dtype == torch.float32:
-                    at = slice(start, start + z_CV.shape[0])
+                at = slice(start, start + z_CV.shape[0])
+                if _has_kernel(h_ND, out_dtype):
                     ce_C, kl_C = _gpu_rows(
                         z_CV, head, target_N[at], teacher.at(at), weight_ce, weight_kl, tau, wants_gradient, divergence
                     )
                     ce += ce_C.sum()
                     if kl_C is not None:
                         kl += kl_C.sum()
-                    if grad_ND is not None:
-                        grad_ND[at] = z_CV @ head_VD
-                    continue
-                for first in range(0, z_CV.shape[0], step):
-                    at = slice(start + first, start + min(first + step, z_CV.shape[0]))
-                    raw_CV = z_CV[first : first + step]
-                    logits_CV = _after_head(raw_CV.to(out_dtype, copy=True), head)
-                    ce_C, kl_C, grad_CV = _chunk(
-                        logits_CV, target_N[at], teacher.at(at), weight_ce, weight_kl, tau, wants_gradient, divergence
-                    )
-                    ce += ce_C.sum()
-                    if kl_C is not None:
-                        kl += kl_C.sum()
-                    if grad_CV is not None:  # the logits become their own gradient
-                        raw_CV.copy_(_before_head(grad_CV, logits_CV, head))
+                else:
+                    for first in range(0, z_CV.shape[0], step):
+                        part = slice(start + first, start + min(first + step, z_CV.shape[0]))
+                        raw_CV = z_CV[first : first + step]
+                        logits_CV = _after_head(raw_CV.to(out_dtype, copy=True), head)
+                        rows_of = target_N[part], teacher.at(part)
+                        ce_C, kl_C, grad_CV = _chunk(
+                            logits_CV, *rows_of, weight_ce, weight_kl, tau, wants_gradient, divergence
+                        )
+                        ce += ce_C.sum()
+                        if kl_C is not None:
+                            kl += kl_C.sum()
+                        if grad_CV is not None:  # the logits become their own gradient
+                            raw_CV.copy_(_before_head(grad_CV, logits_CV, head))
                 if grad_ND is not None:
-                    grad_ND[start : start + chunk_rows] = z_CV @ head_VD
-        if grad_ND is not None:
-            ctx.save_for_backward(grad_ND)
+                    grad_ND[at] = z_CV @ head_VD
+                if grad_VD is not None:
+                    _add_product(grad_VD, z_CV, h_CD)
+        ctx.save_for_backward(grad_ND, grad_VD)
+        ctx.weight_dtype = weight_VD.dtype
         total = weight_ce * ce + weight_kl * kl if weight_kl else weight_ce * ce
         ctx.mark_non_differentiable(ce, kl)
         return total, ce, kl
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        (grad_ND,) = ctx.saved_tensors
-        return (grad_ND * grad_total.to(grad_ND.dtype), *([None] * 9))
+        grad_ND, grad_VD = ctx.saved_tensors
+        to_h = None if grad_ND is None else grad_ND * grad_total.to(grad_ND.dtype)
+        to_weight = None if grad_VD is None else (grad_VD * grad_total).to(ctx.weight_dtype)
+        return (to_h, to_weight, *([None] * 9))
+
+
+def _has_kernel(h_ND: Tensor, out_dtype: torch.dtype) -> bool:
+    return h_ND.is_cuda and out_dtype == torch.float32
+
+
+def _add_product(grad_VD: Tensor, grad_CV: Tensor, h_CD: Tensor) -> None:
+    """Add a chunk's grad^T @ h, of which a lower precision is rounded once."""
+    if grad_VD.dtype == h_CD.dtype:
+        grad_VD.addmm_(grad_CV.T, h_CD)
+    else:
+        grad_VD.add_(grad_CV.T @ h_CD)
 
 
 def _gpu_rows(
