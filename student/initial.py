@@ -62,8 +62,8 @@ def check_initial(place: str, student: StudentConfig, of_cache: Teaching) -> Non
         if was != will:
             raise UserError(
                 f"--init_from {place}: embedding and head of {run} are two, since only one of them was trained; where "
-                "both are, those of this teacher are one, tied as its own are. Train the same one as that run, or begin "
-                "with a run that trained neither"
+                "both are, they are one, tied as the teacher's are. Train the same one as that run, or begin with one "
+                "that trained neither"
             )
 
 

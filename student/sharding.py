@@ -1,8 +1,9 @@
 """`--trainer.strategy fsdp`: trained weights, their gradients and the optimiser's moments are cut over the ranks.
 
 PyTorch's `fully_shard` (FSDP2) on every block: a block's weights are gathered while it computes. The teacher's frozen
-embedding and head stay whole on every rank: the loss multiplies by all of them, row after row. A checkpoint is one file
-in the format of an unsharded run, so that a run may go on with or without sharding, on any number of ranks.
+embedding and head stay whole on every rank: the loss multiplies by all of them, row after row. Trained ones are cut too
+and, with the rest of the outermost module, whole from the forward pass to the end of the backward. A checkpoint is one
+file in the format of an unsharded run, so that a run may go on with or without sharding, on any number of ranks.
 """
 
 from __future__ import annotations

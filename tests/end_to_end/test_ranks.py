@@ -141,6 +141,23 @@ def test_sharded_weights_and_back(cache: Path, runs: Path, alone: Ranks, stopped
     assert_same_weights(run, runs / "alone")
 
 
+@pytest.mark.parametrize(("strategy", "parts"), [("auto", "both"), ("fsdp", "both"), ("fsdp", "head")])
+def test_a_trained_embedding_and_head_on_two_ranks(cache: Path, runs: Path, strategy: str, parts: str) -> None:
+    """The toy teacher ties them: one parameter whose gradient comes from both ends, or a head of its own."""
+    shape = ["--model.student.train_head=true", f"--model.student.train_embedding={str(parts == 'both').lower()}"]
+    one, two = runs / f"{parts}-{strategy}-1", runs / f"{parts}-{strategy}-2"
+    single = Ranks(runs / f"{one.name}-output", arguments(cache, one, *shape))
+    sitting = Ranks(
+        runs / f"{two.name}-output", arguments(cache, two, *shape, f"--trainer.strategy={strategy}"), nodes=2
+    )
+    assert single.status == [0] and sitting.status == [0, 0], (single.said, sitting.said)
+    stored = {"both": "model.embedding_VD", "head": "model.untied_head_VD"}[parts]
+    assert stored in torch.load(two / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert_same_weights(two, one)
+    for found, expected in zip(metrics(two), metrics(one), strict=True):  # grad_norm too: AdamW hides a wrong size
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
 def test_torchrun_on_two_nodes(cache: Path, runs: Path, alone: Ranks) -> None:
     """As docs/scale.md has it, with both nodes on this machine."""
     run = runs / "torchrun"

@@ -11,6 +11,7 @@ from helpers_cache import write_toy_cache
 from lightning import Callback, LightningModule, Trainer
 
 from student.__main__ import main
+from student.graphed import GraphedBlocks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,6 +25,7 @@ TRANSFORMER = PACKAGE | {
     "model.student.transformer.kv_heads": 1,
     "model.student.transformer.rope_theta": 10000.0,
 }
+UNFROZEN = TRANSFORMER | {"model.student.train_embedding": True, "model.student.train_head": True}
 
 
 class Losses(Callback):
@@ -54,13 +56,23 @@ def losses(cache: Path, run: Path, shape: dict[str, object], graphs: bool, gamma
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("gamma", [0.0, 0.1])
-@pytest.mark.parametrize("shape", [PACKAGE, TRANSFORMER], ids=["package", "transformer"])
-def test_the_losses_are_those_without(shape: dict[str, object], gamma: float, precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [PACKAGE, TRANSFORMER, UNFROZEN], ids=["package", "transformer", "unfrozen"])
+def test_the_losses_are_those_without(
+    shape: dict[str, object], gamma: float, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches: list[int] = []
+    run = GraphedBlocks.__call__
+
+    def counted(self: GraphedBlocks, x_BTD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        launches.append(1)
+        return run(self, x_BTD)
+
+    monkeypatch.setattr(GraphedBlocks, "__call__", counted)
     cache = write_toy_cache(tmp_path / "cache", units=2, heldout_units=1, rows=16, length=128, width=64)
     plain = losses(cache, tmp_path / "plain", shape, False, gamma, precision)
     graphed = losses(cache, tmp_path / "graphed", shape, True, gamma, precision)
     assert graphed.recorded and not plain.recorded
-    assert len(graphed.values) == len(plain.values) == 24
+    assert len(graphed.values) == len(plain.values) == len(launches) == 24
     apart = max(abs(a - b) for a, b in zip(plain.values, graphed.values, strict=True))
     print(f"losses at most {apart:.2g} nats apart, over which they fall by {plain.values[0] - plain.values[-1]:.2g}")
     assert apart < (0.005 if precision == "32-true" else 0.02)

@@ -173,7 +173,7 @@ def test_without_a_tail_and_with_a_tiny_one() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("divergence", ["tail", "renormalised", "sampled"])
 def test_the_whole_loss_on_a_gpu_equals_the_cpus(divergence: Divergence) -> None:
-    """Rows that count in nothing stay in on a GPU and are left out on a CPU."""
+    """Rows that count in nothing stay in on a GPU and are left out on a CPU; the weight's gradient too."""
     from student.losses.fused import fused_kd_sums
 
     raw_CV, target_C, teacher = with_draws(*problem(70, 3001, 16), 12)
@@ -186,11 +186,12 @@ def test_the_whole_loss_on_a_gpu_equals_the_cpus(divergence: Divergence) -> None
         assert teacher.draws is not None
         draws = TailDraws(*(x.to(device) for x in vars(teacher.draws).values()))
         there = TeacherTopK(*(x.to(device) for x in (teacher.ids_NK, teacher.logits_NK, teacher.log_tail_N)), draws)
+        weight = weight_VD.to(device, copy=True).requires_grad_()
         sums = fused_kd_sums(
-            h, Head(weight_VD.to(device)), target_C.to(device), there, 0.2, 0.8, 1.3, chunk_rows=32, kl=divergence
-        )
+            h, Head(weight), target_C.to(device), there, 0.2, 0.8, 1.3, chunk_rows=32, kl=divergence
+        )  # fmt: skip
         sums.total.backward()
-        assert h.grad is not None
-        found.append([x.detach().cpu() for x in (sums.total, sums.ce, sums.kl, h.grad)])
+        assert h.grad is not None and weight.grad is not None
+        found.append([x.detach().cpu() for x in (sums.total, sums.ce, sums.kl, h.grad, weight.grad)])
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)

@@ -90,8 +90,10 @@ def comparable(run: Path) -> list[dict[str, str]]:
         ((), (3, 5, 6)),  # in the first epoch, at its last step, at the second's first
         (("--trainer.max_epochs=-1", "--trainer.max_steps=8"), (3, 5)),
         (("--trainer.accumulate_grad_batches=2",), (1, 3)),
+        (("--model.student.train_embedding=true", "--model.student.train_head=true"), (3,)),
+        (("--model.student.train_head=true",), (6,)),
     ],
-    ids=["epochs", "steps", "accumulated"],
+    ids=["epochs", "steps", "accumulated", "unfrozen", "untied"],
 )
 def test_a_stopped_run_goes_on_to_bit_equal_weights(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: tuple[str, ...], stops: tuple[int, ...]
