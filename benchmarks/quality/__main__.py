@@ -27,7 +27,7 @@ from benchmarks.quality.caches import Dumps, needs
 from benchmarks.quality.pool import Answer, Clock, Pool, known_seconds
 from benchmarks.quality.results import QUALITY, RowFile, curves_of, key_of
 from benchmarks.quality.tables import KL as KL_TO_TEACHER
-from benchmarks.quality.tables import cost_table, noise, question_table, teacher_row
+from benchmarks.quality.tables import cost_table, long_table, noise, question_table, teacher_row
 from benchmarks.quality.trial import Trial
 from pipeline.errors import UserError, run_command
 
@@ -144,7 +144,7 @@ def write_answer(trial: Trial, answer: Answer, *, results: Path, out: Path | Non
     else:
         row = {**answer["row"], "workers": workers}
         RowFile(results).add([answer["teacher"], row])
-        RowFile(curves_of(results)).add([answer["curve"]])
+        RowFile(curves_of(results)).add([answer["curve"]] if "curve" in answer else [])
         took = "  ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["seconds"].items())
         heldout = row["heldout"]
         print(
@@ -182,6 +182,9 @@ def show(rows: list[Row], budget: str) -> None:
     spread = noise(rows, budget, KL_TO_TEACHER)
     if spread is not None:
         print(f"\none seed's difference in KL between two arms has a standard deviation of {spread:.4f}")
+    longer = long_table(rows, budget)
+    if longer:
+        print(f"\nheld-out text in longer rows\n{table(longer)}")
     costs = cost_table(rows, budget)
     if costs:
         print(f"\nseconds of each phase\n{table(costs)}")

@@ -6,10 +6,14 @@
     config: [other.yaml]           # files of manifests/students over the base
     overrides: {data.k: 32}        # dotted options as `python -m student` takes them
     start: {align_tokens: 1000000} # options of `python -m student.from_teacher`, whose run it begins from
+    start: {arm: base}             # or another arm, whose trained student it begins from
+    share: 0.25                    # of the budget's steps; 0: what it begins from is evaluated as it is
+    phase: true                    # only what others begin from: in no table, trained when one of them needs it
+    long: true                     # evaluated on the longer held-out rows of `LONG_CACHE` too
     teacher_in_loop: false         # the KL over the whole vocabulary from the teacher itself
     budget: headline               # worth the long training too
 
-Only `question` is needed.
+Only `question` is needed; a phase has none.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ DUMPS = Path("manifests/dumps")
 BASE = "experiment.yaml"
 HELDOUT_CACHE, OTHER_CACHE = "experiment", "experiment-other"
 """Dumps whose held-out rows every arm is judged by: text of the kind that was trained on, and of another."""
+LONG_CACHE = "experiment-long"
+"""The text of `HELDOUT_CACHE` in longer rows, which arms with `long` are judged by as well."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,17 @@ class Arm:
     start: dict[str, Any] | None = None
     teacher_in_loop: bool = False
     budget: str = "screen"
+    share: float = 1.0
+    phase: bool = False
+    long: bool = False
+    before: Arm | None = None
+    """The arm that `start` names."""
+
+    def dumps(self) -> tuple[str, ...]:
+        """Names of the dumps that it and what it begins from are trained on, and of `LONG_CACHE` if it is judged by it;
+        what all are judged by is not among them."""
+        before = () if self.before is None else self.before.dumps()
+        return tuple(dict.fromkeys([self.cache, *before, *([LONG_CACHE] if self.long else [])]))
 
     def options(self, budget: Budget) -> dict[str, Any]:
         """Dotted options over the base and `config`."""
@@ -110,21 +127,34 @@ class Arm:
         dump = _read(DUMPS / f"{self.cache}.yaml")
         for unimportant in ("cache", "shards"):
             dump.pop(unimportant, None)
-        files = [_flat(_read(STUDENTS / name)) for name in (BASE, *self.config)]
-        student = {key: value for options in (*files, self.options(budget)) for key, value in options.items()}
+        student = {**self._student_files(), **self.options(budget)}
         judged = [_read(DUMPS / f"{name}.yaml") for name in (HELDOUT_CACHE, OTHER_CACHE)]
         what = [student, dump, judged, budget.shards, budget.dump, self.start, self.teacher_in_loop]
+        # Only where they are used: figures of arms without them stay what they were.
+        phases: dict[str, Any] = {"share": self.share} if self.share != 1 else {}
+        phases |= {"before": self.before.settings(budget)} if self.before is not None else {}
+        phases |= {"long": _read(DUMPS / f"{LONG_CACHE}.yaml")} if self.long else {}
+        what += [phases] if phases else []
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
     def config_files(self) -> list[Path]:
         return [STUDENTS / name for name in (BASE, *self.config)]
+
+    def shape(self) -> dict[str, Any]:
+        """Dotted options of the student's shape."""
+        options = {**self._student_files(), **self.overrides}
+        return {name: value for name, value in options.items() if name.startswith("model.student.")}
+
+    def _student_files(self) -> dict[str, Any]:
+        files = [_flat(_read(path)) for path in self.config_files()]
+        return {key: value for options in files for key, value in options.items()}
 
 
 def load_arms(folder: Path = EXPERIMENTS) -> dict[str, Arm]:
     """Every arm, in the order of `QUESTIONS`, a question's reference first.
 
     Raises:
-        UserError: see `load_arm`; or a question's reference has no file.
+        UserError: see `load_arm`; or a question's reference has no file, or is a phase.
     """
     arms = {path.stem: load_arm(path) for path in sorted(folder.glob("*.yaml"))}
     if not arms:
@@ -132,23 +162,32 @@ def load_arms(folder: Path = EXPERIMENTS) -> dict[str, Arm]:
     for name, question in QUESTIONS.items():
         if any(name in arm.question for arm in arms.values()) and question.reference not in arms:
             raise UserError(f"{folder}/{question.reference}.yaml is missing: it is the reference of question {name}")
+        if question.reference in arms and arms[question.reference].phase:
+            raise UserError(
+                f"{folder}/{question.reference}.yaml: phase is true, but it is the reference of question {name}"
+            )
     order = list(QUESTIONS)
     references = [question.reference for question in QUESTIONS.values()]
 
     def place(arm: Arm) -> tuple[bool, int, str]:
-        return arm.name not in references, min(order.index(name) for name in arm.question), arm.name
+        first = min((order.index(name) for name in arm.question), default=len(order))
+        return arm.name not in references, first, arm.name
 
     return {arm.name: arm for arm in sorted(arms.values(), key=place)}
 
 
-def load_arm(path: Path) -> Arm:
-    """Read one manifest.
+def load_arm(path: Path, later: tuple[str, ...] = ()) -> Arm:
+    """Read one manifest, and those of the arms it begins from.
+
+    Args:
+        later: names of the arms that begin from this one, the nearest first.
 
     Raises:
-        UserError: a field is unknown, missing or of another type, or names what does not exist.
+        UserError: a field is unknown, missing or of another type, or names what does not exist; or an arm begins from
+            itself, or from a student of another shape.
     """
     values = _read(path)
-    known = {f.name for f in fields(Arm)} - {"name", "about"}
+    known = {f.name for f in fields(Arm)} - {"name", "about", "before"}
     for unknown in sorted(values.keys() - known):
         raise UserError(f"{path}: {unknown} is no field of an arm; known are {', '.join(sorted(known))}")
     text = path.read_text(encoding="utf-8").splitlines()
@@ -156,11 +195,18 @@ def load_arm(path: Path) -> Arm:
     if not about:
         raise UserError(f"{path} does not say in a comment which question it answers")
     question = _names(values.get("question"), path, "question", QUESTIONS)
-    if not question:
-        raise UserError(f"{path}: question is missing; choose from {', '.join(QUESTIONS)}")
-    for name, kind in (("overrides", dict), ("start", dict), ("teacher_in_loop", bool)):
+    kinds = {"overrides": dict, "start": dict, "teacher_in_loop": bool, "phase": bool, "long": bool}
+    for name, kind in kinds.items():
         if not isinstance(values.get(name, kind()), kind):
             raise UserError(f"{path}: {name} is {values[name]!r}, not of the type {kind.__name__}")
+    phase = values.get("phase", False)
+    if not question and not phase:
+        raise UserError(f"{path}: question is missing; choose from {', '.join(QUESTIONS)}")
+    for name in ("question", "long", "budget"):
+        if phase and name in values:
+            raise UserError(
+                f"{path}: {name} is {values[name]!r}, but a phase is neither run nor judged by itself: remove it"
+            )
     cache, budget = values.get("cache", HELDOUT_CACHE), values.get("budget", "screen")
     if not (DUMPS / f"{cache}.yaml").is_file():
         raise UserError(f"{path}: cache {cache!r} is no file of {DUMPS}")
@@ -168,22 +214,60 @@ def load_arm(path: Path) -> Arm:
         raise UserError(f"{path}: budget {budget!r} must be screen or headline")
     config = _names(values.get("config"), path, "config", [file.name for file in STUDENTS.glob("*.yaml")])
     start = values.get("start")
-    return Arm(path.stem, about, question, cache, config, values.get("overrides", {}), start,
-               values.get("teacher_in_loop", False), budget)  # fmt: skip
+    before = _arm_before(path, start, (path.stem, *later))
+    arm = Arm(path.stem, about, question, cache, config, values.get("overrides", {}), start,
+              values.get("teacher_in_loop", False), budget, _share(path, values), phase, values.get("long", False),
+              before)  # fmt: skip
+    if before is not None and before.shape() != arm.shape():
+        a, b = arm.shape(), before.shape()
+        told = [f"{name} is {a.get(name)}, there {b.get(name)}" for name in {**a, **b} if a.get(name) != b.get(name)]
+        raise UserError(f"{path}: start.arm {before.name} trains another student: {'; '.join(told)}")
+    return arm
+
+
+def _arm_before(path: Path, start: dict[str, Any] | None, later: tuple[str, ...]) -> Arm | None:
+    """The arm that `start` names, if it names one."""
+    if start is None or "arm" not in start:
+        return None
+    name, others = start["arm"], sorted(start.keys() - {"arm"})
+    if others:
+        raise UserError(f"{path}: start.arm stands alone, found {', '.join(others)} too: give that arm such a start")
+    if not isinstance(name, str) or not path.with_name(f"{name}.yaml").is_file():
+        raise UserError(f"{path}: start.arm {name!r} is no file of {path.parent}")
+    if name in later:
+        chain = [*later[::-1], name]
+        raise UserError(f"{path}: start.arm {name} begins from this arm itself: {', then '.join(chain)}")
+    return load_arm(path.with_name(f"{name}.yaml"), later)
+
+
+def _share(path: Path, values: dict[str, Any]) -> float:
+    share = values.get("share", 1.0)
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise UserError(f"{path}: share is {share!r}, must be a number from 0 to 1, of the budget's steps")
+    if share == 0 and values.get("start") is None:
+        raise UserError(
+            f"{path}: share is 0, which trains nothing: give the arm a start to evaluate, or a share above 0"
+        )
+    return float(share)
 
 
 def chosen(arms: dict[str, Arm], names: Iterable[str] | None, question: str | None, budget: Budget) -> list[Arm]:
     """The arms that are asked for: by name, by question (its reference too), or all that the budget is for.
 
     Raises:
-        UserError: there is no such arm or question.
+        UserError: there is no such arm or question, or an arm that is named is a phase.
     """
     if names:
         unknown = sorted(set(names) - arms.keys())
         if unknown:
             raise UserError(f"--arms {' '.join(unknown)}: no such file in {EXPERIMENTS}; known are {', '.join(arms)}")
+        if phases := sorted(name for name in set(names) if arms[name].phase):
+            raise UserError(
+                f"--arms {' '.join(phases)}: a phase is trained when an arm that begins from it is; name such an arm"
+            )
         return [arms[name] for name in dict.fromkeys(names)]  # in the order that was asked for
-    found = [arm for arm in arms.values() if budget.name != "headline" or arm.budget == "headline"]
+    own = [arm for arm in arms.values() if not arm.phase]
+    found = [arm for arm in own if budget.name != "headline" or arm.budget == "headline"]
     if question is None:
         return found
     if question not in QUESTIONS:

@@ -47,7 +47,7 @@ class CacheNeed:
 
 def needs(arms: Iterable[Arm], budget: Budget, scratch: Path) -> dict[str, CacheNeed]:
     """By name, what the arms train on and are judged by; each budget's caches have a folder of their own."""
-    names = dict.fromkeys([HELDOUT_CACHE, *(arm.cache for arm in arms), OTHER_CACHE])
+    names = dict.fromkeys([HELDOUT_CACHE, *(name for arm in arms for name in arm.dumps()), OTHER_CACHE])
     found = {}
     for name in names:
         manifest = yaml.safe_load((DUMPS / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -216,8 +216,8 @@ class Pool:
 
 
 def caches_of(trial: Trial) -> set[str]:
-    """Names of the dumps that a trial reads; each lies in a folder of its name."""
-    return {path.name for path in (trial.train, trial.heldout, trial.other)}
+    """Names of the dumps that a trial reads, what it begins from included; each lies in a folder of its name."""
+    return {path.name for path in (trial.train, trial.heldout, trial.other)} | set(trial.arm.dumps())
 
 
 def known_seconds(rows: list[Row], budget: str, device: str) -> list[float]:

@@ -16,6 +16,7 @@ from benchmarks.quality.tables import (
     KL,
     cost_table,
     difference,
+    long_table,
     noise,
     of_budget,
     of_question,
@@ -54,7 +55,7 @@ def write_report(rows: Sequence[Row], curves: Sequence[Row], docs: Path = DOCS) 
         "other": f"{students[0]['other']['targets']:,}",
         "noise": " ".join(_noise(rows, budget) for budget in budgets),
         "questions": "".join(_question(rows, curves, name, budgets, pictures) for name in QUESTIONS),
-        "positions": _positions(rows, budgets[0], pictures),
+        "positions": _positions(rows, budgets[0], pictures) + "".join(_long(rows, budget) for budget in budgets),
         "costs": "".join(_costs(rows, budget) for budget in budgets),
         "devices": ", ".join(sorted({str(row["device"]) for row in measured})),
     }
@@ -77,6 +78,7 @@ def _teacher(row: Row | None) -> str:
 
 def _budget(arms: dict[str, list[Row]]) -> str:
     rows = [row for own in arms.values() for row in own]
+    rows = [row for row in rows if row.get("share", 1) == 1] or rows  # what an arm is trained that is not cut in phases
     tokens, steps = (sorted({row[name] for row in rows}) for name in ("tokens", "steps"))
     seeds = sorted({row["seed"] for row in rows})
     return (
@@ -153,6 +155,15 @@ def _positions(rows: Sequence[Row], budget: str, pictures: Path) -> str:
     picture = pictures / f"positions-{budget}.png"
     commit_bytes(picture, positions(arms, teacher_row(rows, budget)))
     return f"*{budget}*, held-out text.\n\n![Cross-entropy by position]({pictures.name}/{picture.name})\n"
+
+
+def _long(rows: Sequence[Row], budget: str) -> str:
+    lines = long_table(rows, budget)
+    if not lines:
+        return ""
+    head = list(lines[0])
+    cells = [[_cell(line[column], column) for column in head] for line in lines]
+    return f"\n*{budget}*, held-out text in longer rows, by the positions that follow:\n\n{table(head, cells)}\n"
 
 
 def _costs(rows: Sequence[Row], budget: str) -> str:

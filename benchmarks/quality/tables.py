@@ -27,6 +27,8 @@ def measure(text: str, name: str) -> Measure:
 KL = measure("heldout", "kl_full")
 """What arms are ordered by: nats per target between teacher and student over the whole vocabulary, on held-out text."""
 CE = measure("heldout", "ce")
+LONG_BINS = 3
+"""Of the bins of positions in longer rows, so many of the last are told: from 256, 512 and 1,024 on in 2,048 tokens."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,25 @@ def cost_table(rows: Sequence[Row], budget: str) -> list[Row]:
         line |= {phase: round(mean(row["seconds"].get(phase, 0.0) for row in own), 1) for phase in phases}
         line |= {"tokens/s": round(mean(row["tokens_per_s"] for row in own))}
         lines.append({**line, "peak GB": round(max(row["peak_gb"] for row in own), 1)})
+    return lines
+
+
+def long_table(rows: Sequence[Row], budget: str) -> list[Row]:
+    """For each arm that was judged by longer rows too: KL and cross-entropy there, over all positions and in the
+    last bins of positions, the teacher's cross-entropy beside them. Means over seeds."""
+    lines: list[Row] = []
+    found = {name: [row for row in own if "long" in row] for name, own in of_budget(rows, budget).items()}
+    judged = {name: [row["long"] for row in own] for name, own in found.items() if own}
+    for name, own in judged.items():
+        line: Row = {"arm": name, "seeds": len(own)}
+        line |= {title: Spread.of([one[key] for one in own]).text() for title, key in (("KL", "kl_full"), ("CE", "ce"))}
+        bins = zip(*(one["by_position"][-LONG_BINS:] for one in own), strict=True)
+        for bin_S in bins:
+            first = int(bin_S[0][0])
+            line |= {f"KL from {first:,}": f"{mean(place[3] for place in bin_S):.3f}"}
+            line |= {f"CE from {first:,}": f"{mean(place[1] for place in bin_S):.3f}"}
+            line |= {f"teacher from {first:,}": f"{mean(place[2] for place in bin_S):.3f}"}
+        lines.append(line)
     return lines
 
 

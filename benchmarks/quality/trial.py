@@ -1,4 +1,7 @@
-"""One arm with one seed, in this process: trained, evaluated on two texts, and turned into a row of figures."""
+"""One arm with one seed, in this process: trained, evaluated on two texts, and turned into a row of figures.
+
+What it begins from, a run of `student.from_teacher` or another arm's, is made first where the scratch folder lacks it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import importlib
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,15 +23,17 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from benchmarks.measured import Row, device_name, versions
-from benchmarks.quality.arms import Arm, Budget
+from benchmarks.quality.arms import LONG_CACHE, Arm, Budget
 from benchmarks.quality.results import TEACHER
 from benchmarks.train_case import peak_gb, pick_device, reset_peak, wait
 from pipeline.cache import Cache
+from pipeline.commit import read_json
 from pipeline.errors import UserError
 from pipeline.packages import exclusive
 from student.__main__ import main as train
 from student.evaluate import EvaluateOptions, FullTeacher, evaluate, load_teacher
 from student.module import KL_METRIC, DistillModule
+from student.run_folder import ORIGIN
 
 WARM_STEPS = 10
 """Steps before the clock of tokens_per_s starts: kernels are compiled in the first ones of a process."""
@@ -40,7 +46,8 @@ class Trial:
     """An arm, a seed, how much it is trained, and where everything lies.
 
     Attributes:
-        train, heldout, other: caches: to train on, and whose held-out rows judge.
+        train, heldout, other: caches: to train on, and whose held-out rows judge. Those of other names that the arm
+            needs (`Arm.dumps`) lie beside them.
         run: the run's folder.
         keep: leave it there.
     """
@@ -60,6 +67,16 @@ class Trial:
 
     def __str__(self) -> str:
         return f"{self.arm.name}, seed {self.seed}, {self.budget.name}"
+
+    @property
+    def batch_rows(self) -> int:
+        return int(self.arm.options(self.budget).get("data.batch_rows", 32))
+
+    def steps(self) -> int:
+        """Optimiser steps: the arm's share of the budget's on its cache, at least one unless the share is 0."""
+        rows = int(Cache(self.train).shards("train").rows.sum())
+        whole = self.budget.passes * (rows // self.batch_rows)
+        return max(1, round(self.arm.share * whole)) if self.arm.share else 0
 
     def arguments(self) -> list[str]:
         """The words after `python -m student`."""
@@ -153,32 +170,34 @@ class Lab:
         shutil.rmtree(trial.run, ignore_errors=True)  # of a process that was killed: its times are not known
         reset_peak(self.device)
         started = time.perf_counter()
-        arguments, seconds = trial.arguments(), {}
-        if trial.arm.start is not None:
-            arguments.append(f"--init_from={begin_from_teacher(trial)}")
+        seconds: dict[str, float] = {}
+        start = begin(trial)
+        if start.run is not None:
             seconds["start"] = time.perf_counter() - started
+            reset_peak(self.device)  # whether this trial was the one that had to make it is chance
         clock = PhaseClock()
-        module: type[DistillModule] = DistillModule
-        if trial.arm.teacher_in_loop:
-            from benchmarks.quality.online import OnlineModule
-
-            module = OnlineModule
         before = time.perf_counter()
-        if train(arguments, module, [clock]) != 0:
-            raise UserError(f"{trial}: training was interrupted")
-        after = time.perf_counter()
-        seconds |= {
-            "prepare": clock.began - before,
-            "train": clock.ended - clock.began,
-            "save": after - clock.ended,
-        }
+        if trial.arm.share:
+            fit(trial, start, [clock])
+            run, after = trial.run, time.perf_counter()
+            seconds |= {
+                "prepare": clock.began - before,
+                "train": clock.ended - clock.began,
+                "save": after - clock.ended,
+            }
+        else:
+            assert start.run is not None  # `load_arm` sees to it
+            run, after = start.run, before
         memory = peak_gb(self.device)["peak_gb"]
-        heldout = self.evaluate(trial, trial.heldout, "heldout")
-        other = self.evaluate(trial, trial.other, "other")
+        heldout = self.evaluate(trial, run, trial.heldout, "heldout")
+        other = self.evaluate(trial, run, trial.other, "other")
+        long: Row = {}
+        if trial.arm.long:
+            found = self.evaluate(trial, run, trial.heldout.with_name(LONG_CACHE), "long")
+            long = {"long": {**figures(found, "student"), "by_position": long_positions(found)}}
         seconds["evaluate"] = time.perf_counter() - after
         seconds["total"] = time.perf_counter() - started
-        spec = Cache(trial.train).spec
-        rows = int(trial.arm.options(trial.budget).get("data.batch_rows", 32))
+        tokens_per_step = trial.batch_rows * Cache(trial.train).spec.length
         common = {
             "device": device_name(), "versions": versions(), "date": datetime.now(UTC).date().isoformat(),
         }  # fmt: skip
@@ -188,16 +207,20 @@ class Lab:
             "budget": trial.budget.name,
             "question": list(trial.arm.question),
             "settings": trial.arm.settings(trial.budget),
-            "tokens": clock.steps * rows * spec.length,
+            "tokens": clock.steps * tokens_per_step,
+            "tokens_before": start.tokens,
+            "align_tokens": start.align_tokens,
             "steps": clock.steps,
+            "share": trial.arm.share,
             "trainable_parameters": heldout["trainable_parameters"],
             "heldout": figures(heldout, "student"),
             "other": figures(other, "student"),
             "by_position": by_position(heldout, "student_cross_entropy"),
             "start": trial.arm.start,
             "seconds": seconds,
-            "tokens_per_s": clock.tokens_per_s(rows * spec.length),
+            "tokens_per_s": clock.tokens_per_s(tokens_per_step) if clock.steps else 0.0,
             "peak_gb": memory,
+            **long,
             **common,
         }
         teacher: Row = {
@@ -205,19 +228,82 @@ class Lab:
             "heldout": figures(heldout, "teacher"), "other": figures(other, "teacher"),
             "by_position": by_position(heldout, "teacher_cross_entropy"), **common,
         }  # fmt: skip
-        return {"row": row, "teacher": teacher, "curve": read_curve(trial)}
+        return {"row": row, "teacher": teacher, **({"curve": read_curve(trial)} if clock.steps else {})}
 
-    def evaluate(self, trial: Trial, cache: Path, name: str) -> dict[str, Any]:
-        """What `student.evaluate` finds on the held-out rows of a cache."""
+    def evaluate(self, trial: Trial, run: Path, cache: Path, name: str) -> dict[str, Any]:
+        """What `student.evaluate` finds of a run's student on the held-out rows of a cache."""
+        tokens = trial.batch_rows * Cache(trial.train).spec.length
         options = EvaluateOptions(
-            run=str(trial.run), cache=str(cache), out=name, maps=0, full_kl=True, precision="bf16-mixed",
+            run=str(run), cache=str(cache), out=name, maps=0, full_kl=True, precision="bf16-mixed",
             unigram_tokens=1,  # nobody asks for the unigram here
-            # The batch of training, so that nothing is compiled for another shape.
-            batch_rows=int(trial.arm.options(trial.budget).get("data.batch_rows", 32)),
+            # The batch of training where rows are as long, so that nothing is compiled for another shape.
+            batch_rows=max(1, tokens // Cache(cache).spec.length),
         )  # fmt: skip
         if self._teacher is None:
             self._teacher = RememberedTeacher(load_teacher(options, Cache(cache), self.device))
         return evaluate(options, self._teacher)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a trial begins from.
+
+    Attributes:
+        run: folder of a run; None: random weights.
+        tokens: that its student was trained on, over all phases.
+        align_tokens: of the transfer of attention before these.
+    """
+
+    run: Path | None = None
+    tokens: int = 0
+    align_tokens: int = 0
+
+
+def begin(trial: Trial) -> Start:
+    """What the arm's `start` asks for, made now where it is missing.
+
+    Raises:
+        UserError: what the student's commands raise.
+    """
+    if trial.arm.before is not None:
+        train_on = trial.train.with_name(trial.arm.before.cache)
+        return phase_before(replace(trial, arm=trial.arm.before, train=train_on))
+    if trial.arm.start is not None:
+        run = begin_from_teacher(trial)
+        return Start(run, align_tokens=int(read_json(run / ORIGIN)["align_tokens"]))
+    return Start()
+
+
+def phase_before(trial: Trial) -> Start:
+    """The trained student of an arm that another one begins from: trained once for each seed and budget, in a folder
+    that stays; one that was interrupted goes on."""
+    start = begin(trial)
+    if not trial.arm.share:
+        return start
+    what = json.dumps([trial.arm.settings(trial.budget), trial.seed, str(trial.train)])
+    folder = trial.run.parent / f"phase-{trial.arm.name}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+    trial = replace(trial, run=folder)
+    with exclusive(folder.parent, folder.name):
+        fit(trial, start)  # of a run that is finished it says so
+    tokens = trial.steps() * trial.batch_rows * Cache(trial.train).spec.length
+    return replace(start, run=folder, tokens=start.tokens + tokens)
+
+
+def fit(trial: Trial, start: Start, callbacks: Sequence[Callback] = ()) -> None:
+    """Train.
+
+    Raises:
+        UserError: what `student` raises; or it was interrupted.
+    """
+    module: type[DistillModule] = DistillModule
+    if trial.arm.teacher_in_loop:
+        from benchmarks.quality.online import OnlineModule
+
+        module = OnlineModule
+    given: dict[str, Any] = {} if start.run is None else {"init_from": start.run}
+    given |= {"trainer.max_steps": trial.steps()} if trial.arm.share < 1 else {}
+    if train([*trial.arguments(), *words(given)], module, callbacks) != 0:
+        raise UserError(f"{trial}: training was interrupted")
 
 
 def begin_from_teacher(trial: Trial) -> Path:
@@ -252,6 +338,12 @@ def figures(found: dict[str, Any], who: str) -> dict[str, float]:
 def by_position(found: dict[str, Any], measure: str) -> list[list[float]]:
     """First position of each bin and the cross-entropy there."""
     return [[row["first"], row[measure]] for row in found["by_position"]]
+
+
+def long_positions(found: dict[str, Any]) -> list[list[float]]:
+    """First position of each bin, cross-entropy of student and teacher, and the KL between them there."""
+    names = ("first", "student_cross_entropy", "teacher_cross_entropy", "kl_full")
+    return [[row[name] for name in names] for row in found["by_position"]]
 
 
 def read_curve(trial: Trial) -> dict[str, Any]:
