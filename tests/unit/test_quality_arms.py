@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from benchmarks.quality import arms as module
-from benchmarks.quality.arms import BUDGETS, EXPERIMENTS, QUESTIONS, Arm, chosen, load_arm, load_arms
+from benchmarks.quality.arms import BUDGETS, EXPERIMENTS, LONG_CACHE, QUESTIONS, Arm, chosen, load_arm, load_arms
 from benchmarks.quality.caches import needs
 from benchmarks.quality.trial import Trial
 from pipeline.config import parse_into
@@ -66,11 +66,30 @@ def test_arms_cover_what_is_asked() -> None:
 
 def test_dumps_cut_the_same_rows() -> None:
     """Arms are compared on the same tokens in the same order, whichever cache they read."""
-    cuts = [dump(name) for name in dict.fromkeys(arm.cache for arm in ARMS.values())]
-    assert len(cuts) == 3
-    for field in ("corpus", "teacher", "tokens_per_shard", "length", "packing", "separator"):
-        assert len({str(getattr(cut, field)) for cut in cuts}) == 1, field
-    assert len({cut.spec(facts()).rows_per_group for cut in cuts}) == 1  # type: ignore[arg-type]
+    cuts = {name: dump(name) for name in dict.fromkeys(arm.cache for arm in ARMS.values())}
+    assert len(cuts) == 4
+    for field in ("corpus", "teacher", "tokens_per_shard", "packing", "separator"):
+        assert len({str(getattr(cut, field)) for cut in cuts.values()}) == 1, field
+    # Groups of as many tokens are shuffled alike, so that the same text comes first in longer rows too.
+    assert len({cut.spec(facts()).rows_per_group * cut.length for cut in cuts.values()}) == 1  # type: ignore[arg-type]
+    assert {name: cut.length for name, cut in cuts.items()} == {**dict.fromkeys(cuts, 512), LONG_CACHE: 2048}
+
+
+def test_the_arms_of_two_phases_differ_in_the_rows_of_the_last_one_alone() -> None:
+    long, short = ARMS["start-aligned-long"], ARMS["start-aligned-short"]
+    assert long.before is not None and long.before == short.before == ARMS["start-aligned-first"]
+    assert long.before.start == ARMS["start-aligned"].start == ARMS["start-only"].start
+    assert long.share == short.share == 1 - long.before.share
+    tokens = [
+        arm.options(BUDGETS["screen"]).get("data.batch_rows", 32) * dump(arm.cache).length for arm in (long, short)
+    ]
+    assert tokens == [16_384, 16_384]
+    same = replace(long, name=short.name, about=short.about, cache=short.cache, overrides={})
+    assert same == short
+    assert long.dumps() == ("experiment-long", "experiment") and short.dumps() == ("experiment", "experiment-long")
+    assert list(needs([long], BUDGETS["screen"], Path("scratch"))) == [
+        "experiment", "experiment-long", "experiment-other",
+    ]  # fmt: skip
 
 
 def test_caches_are_named_after_what_arms_train_on() -> None:
@@ -94,12 +113,35 @@ def test_caches_are_named_after_what_arms_train_on() -> None:
         ("# a\nquestion: signal\nconfig: [none.yaml]\n", "config 'none.yaml' is unknown"),
         ("# a\nquestion: signal\nbudget: huge\n", "budget 'huge' must be"),
         ("# a\nquestion: signal\nstart: teacher\n", "start is 'teacher', not of the type dict"),
+        ("# a\nquestion: signal\nstart: {arm: none}\n", "start.arm 'none' is no file of"),
+        ("# a\nquestion: signal\nstart: {arm: [base]}\n", r"start.arm \['base'\] is no file of"),
+        ("# a\nquestion: signal\nstart: {arm: base, align_tokens: 1}\n", "stands alone, found align_tokens too"),
+        ("# a\nquestion: signal\nstart: {arm: arm}\n", "begins from this arm itself: arm, then arm"),
+        (
+            "# a\nquestion: signal\nstart: {arm: back}\n",
+            "start.arm arm begins from this arm itself: arm, then back, then",
+        ),
+        (
+            "# a\nquestion: signal\nstart: {arm: base}\noverrides: {model.student.blocks: 2}\n",
+            "start.arm base trains another student: model.student.blocks is 2, there 6",
+        ),
+        ("# a\nquestion: signal\nshare: 1.5\n", "share is 1.5, must be a number from 0 to 1"),
+        ("# a\nquestion: signal\nshare: true\n", "share is True, must be a number"),
+        ("# a\nquestion: signal\nshare: .nan\n", "share is nan, must be a number"),
+        ("# a\nquestion: signal\nshare: 0\n", "share is 0, which trains nothing"),
+        ("# a\nquestion: signal\nlong: 2048\n", "long is 2048, not of the type bool"),
+        ("# a\nquestion: signal\nphase: true\n", "question is 'signal', but a phase is neither run nor judged"),
+        ("# a\nphase: true\nlong: true\n", "long is True, but a phase"),
+        ("# a\nphase: 1\n", "phase is 1, not of the type bool"),
+        ("# a\nquestion: signal\nbefore: base\n", "before is no field of an arm"),
         ("# a\n- question\n", "must hold fields"),
         ("# a\nquestion: [signal\n", "is no YAML"),
     ],
 )
 def test_a_wrong_manifest_is_told(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / "arm.yaml").write_text(text)
+    (tmp_path / "base.yaml").write_text("# a\nphase: true\n")
+    (tmp_path / "back.yaml").write_text("# a\nphase: true\nstart: {arm: arm}\n")
     with pytest.raises(UserError, match=told):
         load_arm(tmp_path / "arm.yaml")
 
@@ -107,6 +149,9 @@ def test_a_wrong_manifest_is_told(tmp_path: Path, text: str, told: str) -> None:
 def test_a_question_needs_its_reference(tmp_path: Path) -> None:
     (tmp_path / "tail-k8.yaml").write_text((EXPERIMENTS / "tail-k8.yaml").read_text())
     with pytest.raises(UserError, match="mix-0.9.yaml is missing"):
+        load_arms(tmp_path)
+    (tmp_path / "mix-0.9.yaml").write_text("# a\nphase: true\n")
+    with pytest.raises(UserError, match="mix-0.9.yaml: phase is true, but it is the reference of question divergence"):
         load_arms(tmp_path)
 
 
@@ -121,11 +166,30 @@ def test_figures_are_out_of_date_when_what_they_depend_on_changes(monkeypatch: p
         replace(arm, teacher_in_loop=True).settings(budget),
         arm.settings(replace(budget, shards=17)),
         arm.settings(BUDGETS["headline"]),
+        replace(arm, share=0.5).settings(budget),
+        replace(arm, long=True).settings(budget),
+        replace(arm, start={"arm": "mix-0.9"}, before=ARMS["mix-0.9"]).settings(budget),
+        replace(arm, start={"arm": "mix-0.9"}, before=replace(ARMS["mix-0.9"], share=0.5)).settings(budget),
     ]
     original = module._read
     monkeypatch.setattr(module, "_read", lambda path: {**original(path), "added": 1})
     others.append(arm.settings(budget))
     assert len({before, *others}) == 1 + len(others)
+
+
+def test_rows_made_before_there_were_phases_are_not_out_of_date() -> None:
+    arm = Arm("a", "about", ("signal",), overrides={"data.k": 4}, start={"align_tokens": 1000})
+    assert json_of_settings(arm) == [{"align_tokens": 1000}, False]
+    assert json_of_settings(replace(arm, share=0.5)) == [{"align_tokens": 1000}, False, {"share": 0.5}]
+
+
+def json_of_settings(arm: Arm) -> list[object]:
+    """What of a row's identity comes after the budget's part."""
+    seen: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.json, "dumps", lambda what, **_: seen.append(what) or "")
+        arm.settings(BUDGETS["screen"])
+    return seen[0][5:]  # type: ignore[index,no-any-return]
 
 
 def test_choosing() -> None:
@@ -134,7 +198,11 @@ def test_choosing() -> None:
     of_k = [arm.name for arm in chosen(ARMS, None, "k", screen)]
     assert of_k[0] == "mix-0.9" and set(of_k) == {"mix-0.9", *(f"tail-k{k}" for k in (8, 16, 32, 64))}
     assert {arm.budget for arm in chosen(ARMS, None, None, headline)} == {"headline"}
-    assert len(chosen(ARMS, None, None, screen)) == len(ARMS)
+    phases = {name for name, arm in ARMS.items() if arm.phase}
+    assert phases and {arm.name for arm in chosen(ARMS, None, None, screen)} == ARMS.keys() - phases
+    assert phases.isdisjoint(arm.name for arm in chosen(ARMS, None, "start", screen))
+    with pytest.raises(UserError, match="--arms start-aligned-first: a phase is trained when"):
+        chosen(ARMS, ["ce", "start-aligned-first"], None, screen)
     with pytest.raises(UserError, match="--arms ec: no such file"):
         chosen(ARMS, ["ec"], None, screen)
     with pytest.raises(UserError, match="--question what: known are signal"):

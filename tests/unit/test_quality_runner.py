@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import json
+import os
 import signal
 import sys
 import threading
@@ -17,11 +19,12 @@ import pytest
 import torch
 from helpers_cache import toy_logits, write_toy_cache
 from helpers_run import write_run
+from lightning import Callback
 from torch import Tensor
 
-from benchmarks.quality.__main__ import main, trials_of
+from benchmarks.quality.__main__ import main, trials_of, write_answer
 from benchmarks.quality.arms import BUDGETS, load_arms
-from benchmarks.quality.pool import Clock, known_seconds
+from benchmarks.quality.pool import Clock, caches_of, known_seconds
 from benchmarks.quality.results import RowFile, curves_of
 from benchmarks.quality.trial import Lab, RememberedTeacher, Trial
 from pipeline.cache import Cache
@@ -29,7 +32,10 @@ from pipeline.commit import commit_json, read_json
 from pipeline.errors import UserError
 from student.__main__ import main as train
 from student.data import SplitLoader
+from student.from_teacher import read_student
 from student.model import StudentConfig
+from student.module import DistillModule
+from student.run_folder import ORIGIN, steps_done
 
 VOCAB, WIDTH, LENGTH = 61, 288, 32  # the 9 heads of the experiments' student divide the widths
 STEPS, ROWS = 2, 2
@@ -50,11 +56,11 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scratch folder in which every dump of the budget `small` has been made."""
     folder = tmp_path_factory.mktemp("scratch")
     teacher = toy_teacher(folder / "teacher")
-    for name in ("experiment", "experiment-hidden", "experiment-draws", "experiment-other"):
-        window, heldout = int(name.endswith("hidden")), int(name in ("experiment", "experiment-other"))
+    for name in ("experiment", "experiment-hidden", "experiment-draws", "experiment-other", "experiment-long"):
+        window, heldout = int(name.endswith("hidden")), int(not name.endswith(("hidden", "draws")))
         cache = write_toy_cache(
             folder / "caches" / "small" / name, units=BUDGETS["small"].shards, heldout_units=heldout, rows=ROWS,
-            length=LENGTH, k=16, block=8, width=WIDTH, window=window,
+            length=LENGTH * (2 if name == "experiment-long" else 1), k=16, block=8, width=WIDTH, window=window,
         )  # fmt: skip
         manifest = read_json(cache / "manifest.json")
         commit_json(cache / "manifest.json", {**manifest, "teacher_path": str(teacher)})
@@ -146,6 +152,7 @@ def test_an_arm_may_begin_from_a_run_made_of_the_teacher(
         asked.append(given)
         shape = StudentConfig(blocks=2, heads=9, final_norm="teacher")
         write_run(Path(given["run"]), Path(given["cache"]), shape, seed=7)
+        commit_json(Path(given["run"]) / ORIGIN, {"align_tokens": 4096})
         return 0
 
     monkeypatch.setitem(sys.modules, "student.from_teacher", SimpleNamespace(main=main))
@@ -157,7 +164,89 @@ def test_an_arm_may_begin_from_a_run_made_of_the_teacher(
     assert [(given["align_tokens"], given["teacher"]) for given in asked] == 2 * [("4096", str(scratch / "teacher"))]
     first = [each["curve"]["ce"][0] for each in found]
     assert first[0] == first[1] != lab.run(plain)["curve"]["ce"][0]
-    assert found[0]["row"]["start"] == start and found[0]["row"]["seconds"]["start"] > 0
+    row = found[0]["row"]
+    assert row["start"] == start and row["seconds"]["start"] > 0
+    assert (row["tokens_before"], row["align_tokens"], row["share"]) == (0, 4096, 1.0)
+
+
+def test_arms_in_phases(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The phase that two arms begin from is trained once for each seed; what is not trained at all is evaluated too."""
+    asked: list[int] = []
+
+    def main(words: list[str]) -> int:
+        given = dict(word.removeprefix("--").split("=", 1) for word in words)
+        asked.append(int(given["align_tokens"]))
+        shape = replace(read_student(Path("manifests/students/recommended.yaml")), blocks=2)
+        write_run(Path(given["run"]), Path(given["cache"]), shape, seed=7)
+        commit_json(Path(given["run"]) / ORIGIN, {"align_tokens": asked[-1]})
+        return 0
+
+    monkeypatch.setitem(sys.modules, "student.from_teacher", SimpleNamespace(main=main))
+    caches = [scratch / "caches" / "small" / name for name in ("experiment", "experiment-long")]
+    lab = Lab(Table(*caches))
+    long_trial = trial(scratch, tmp_path, "start-aligned-long")
+    assert caches_of(long_trial) == {"experiment", "experiment-other", "experiment-long"}
+    long = lab.run(long_trial)
+    phases = list(tmp_path.glob("phase-start-aligned-first-*"))
+    trained = (phases[0] / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    short = lab.run(trial(scratch, tmp_path, "start-aligned-short"))
+    assert list(tmp_path.glob("phase-*")) == phases and len(phases) == 1
+    assert (phases[0] / "checkpoints" / "last.ckpt").stat().st_mtime_ns == trained
+
+    # 0.75 and 0.25 of two steps; the rows of the last phase are twice as long in one arm.
+    for found, length in ((long, 2 * LENGTH), (short, LENGTH)):
+        row = found["row"]
+        assert (row["steps"], row["tokens"], row["share"]) == (1, ROWS * length, 0.25)
+        assert (row["tokens_before"], row["align_tokens"]) == (2 * ROWS * LENGTH, 2_000_000)
+        assert row["heldout"]["targets"] == ROWS * LENGTH and row["long"]["targets"] == ROWS * 2 * LENGTH
+        assert [place[0] for place in row["long"]["by_position"]] == [0, 1, 2, 4, 8, 16, 32]
+        assert all(len(place) == 4 and min(place[1:]) > 0 for place in row["long"]["by_position"])
+
+    # The same first batch: the phase sees it as what is not cut in phases does, the last phase with what was learned.
+    with open(phases[0] / "metrics.csv", newline="", encoding="utf-8") as file:
+        before = [float(line["train/ce"]) for line in csv.DictReader(file)]
+    whole = lab.run(trial(scratch, tmp_path, "start-aligned"))
+    assert len(before) == 2 and whole["curve"]["ce"][0] == before[0] > short["curve"]["ce"][0]
+
+    only_trial = trial(scratch, tmp_path, "start-only")
+    only = lab.run(only_trial)
+    row = only["row"]
+    assert (row["steps"], row["tokens"], row["tokens_before"], row["align_tokens"]) == (0, 0, 0, 2_000_000)
+    assert row["heldout"]["kl_full"] > short["row"]["heldout"]["kl_full"] and "curve" not in only
+    assert asked == [2_000_000]  # one start for all of them
+    start = next(tmp_path.glob("start-*/run.json")).parent
+    assert read_json(start / "evaluation-heldout.json")["kl_full"] == row["heldout"]["kl_full"]
+    assert (start / "checkpoints" / "last.ckpt").is_file() and not only_trial.run.exists()
+
+    results = tmp_path / "results" / "quality.json"
+    for begun, found in ((only_trial, only), (long_trial, long)):
+        write_answer(begun, found, results=results, out=None, workers=1, logs=tmp_path)
+    assert [row["arm"] for row in RowFile(results).read()] == ["teacher", "start-only", "start-aligned-long"]
+    assert [curve["arm"] for curve in RowFile(curves_of(results)).read()] == ["start-aligned-long"]
+
+
+def test_a_phase_that_was_interrupted_goes_on(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps are taken once, and the arm says so when it cannot begin."""
+    plain = trial(scratch, tmp_path, "ce")
+    begun = replace(plain, arm=replace(plain.arm, start={"arm": "ce"}, before=plain.arm))
+    lab = Lab(Table(scratch / "caches" / "small" / "experiment"))
+
+    class Stopping(Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stopped(words: list[str], module: type[DistillModule], callbacks: list[Callback]) -> int:
+        return train(words, module, [*callbacks, Stopping()])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.quality.trial.train", stopped)
+        with pytest.raises(UserError, match="ce, seed 0, small: training was interrupted"):
+            lab.run(begun)
+    phase = next(tmp_path.glob("phase-ce-*"))
+    assert steps_done(phase / "checkpoints" / "last.ckpt") == 1
+    found = lab.run(begun)
+    assert steps_done(phase / "checkpoints" / "last.ckpt") == STEPS
+    assert found["row"]["tokens_before"] == STEPS * ROWS * LENGTH == found["row"]["tokens"]
 
 
 def test_runs_in_one_process_leave_nothing_behind(scratch: Path, tmp_path: Path) -> None:

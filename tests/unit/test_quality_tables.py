@@ -10,7 +10,17 @@ import pytest
 
 from benchmarks.measured import Row
 from benchmarks.quality.report import verdicts, write_report
-from benchmarks.quality.tables import KL, Spread, cost_table, difference, noise, of_budget, question_table, teacher_row
+from benchmarks.quality.tables import (
+    KL,
+    Spread,
+    cost_table,
+    difference,
+    long_table,
+    noise,
+    of_budget,
+    question_table,
+    teacher_row,
+)
 from pipeline.errors import UserError
 
 
@@ -69,6 +79,29 @@ def test_a_table_has_the_reference_first_then_the_nearest() -> None:
 def test_costs() -> None:
     line = cost_table(ROWS, "screen")[0]
     assert (line["arm"], line["train"], line["start"], line["tokens/s"]) == ("ce", 10.0, 0.0, 400_000)
+
+
+LONG = {
+    "kl_full": 1.1,
+    "ce": 4.1,
+    "by_position": [[0, 9.0, 8.0, 2.0], [1, 5.0, 4.5, 1.5], [2, 4.0, 3.5, 1.0], [4, 3.0, 2.5, 0.5]],
+}
+
+
+def test_longer_rows_are_told_for_the_last_positions() -> None:
+    own = [row("a", seed, 1.0, ["start"], long={**LONG, "kl_full": 1.1 + seed}) for seed in (0, 1)]
+    (line,) = long_table([*ROWS, *own], "screen")
+    assert (line["arm"], line["seeds"], line["KL"], line["CE"]) == ("a", 2, "1.600 ± 0.707", "4.100 ± 0.000")
+    assert [line[f"KL from {first}"] for first in (1, 2, 4)] == ["1.500", "1.000", "0.500"]
+    assert (line["CE from 4"], line["teacher from 4"]) == ("3.000", "2.500") and "KL from 0" not in line
+    assert long_table(ROWS, "screen") == []
+
+
+def test_a_page_tells_of_longer_rows_and_of_what_an_uncut_arm_is_trained(tmp_path: Path) -> None:
+    cut = row("a", 0, 1.0, ["start"], long=LONG, share=0.25, tokens=1_000_000, steps=64)
+    text = write_report([TEACHER, *ROWS, cut], [], tmp_path).read_text()
+    assert "4.2 million token positions, 256 steps, 5 arms" in text
+    assert "| `a` | 1 | 1.100 | 4.100 | 1.500 | 5.000 | 4.500 |" in text and "in longer rows" in text
 
 
 def test_a_verdict_needs_more_than_twice_the_noise() -> None:
