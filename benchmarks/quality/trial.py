@@ -319,6 +319,7 @@ def begin_from_teacher(trial: Trial) -> Path:
         if not (folder / "checkpoints" / "last.ckpt").is_file():
             given = {
                 "run": folder, "cache": trial.train, "teacher": Cache(trial.train).manifest.teacher_path,
+                "seed": trial.seed,
                 **(start or {}),
             }  # fmt: skip
             command = importlib.import_module("student.from_teacher")
