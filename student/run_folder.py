@@ -114,7 +114,7 @@ def open_data(run: Path, caches: list[RunCache]) -> None:
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     """Dotted options that must stay as they are."""
-    flat = {f"{part}.{k}": v for part in ("model", "data") for k, v in _flatten(config.get(part) or {}).items()}
+    flat = {f"{part}.{k}": v for part in ("model", "data") for k, v in flatten(config.get(part) or {}).items()}
     trainer = config.get("trainer") or {}
     flat |= {f"trainer.{name}": trainer.get(name) for name in FIXED_TRAINER_OPTIONS}
     flat |= {"seed_everything": config.get("seed_everything"), "init_from": config.get("init_from") or ""}
@@ -122,10 +122,11 @@ def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration's options by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError
+from student.run_folder import flatten
 
 EXPERIMENTS = Path("manifests/experiments")  # benchmarks run from the repository's root
 STUDENTS = Path("manifests/students")
@@ -146,7 +147,7 @@ class Arm:
         return {name: value for name, value in options.items() if name.startswith("model.student.")}
 
     def _student_files(self) -> dict[str, Any]:
-        files = [_flat(_read(path)) for path in self.config_files()]
+        files = [flatten(_read(path)) for path in self.config_files()]
         return {key: value for options in files for key, value in options.items()}
 
 
@@ -294,10 +295,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold fields and their values, found {type(content).__name__}")
     return content
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

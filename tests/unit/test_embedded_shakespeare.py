@@ -14,7 +14,7 @@ import zstandard
 from pipeline.commit import commit_json, read_json
 from pipeline.errors import UserError
 from teacher_dump.embedded import resolve_embedded
-from teacher_dump.embedded.shakespeare import PINNED, _build, cut, prepare_shakespeare, scenes, shakespeare_ready
+from teacher_dump.embedded.shakespeare import PINNED, SHAKESPEARE, cut, scenes
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 FIRST = "ACT I.\n\nSCENE I. A wood.\n\n[Enter A.]\n\nA.\nWho's there?"
@@ -43,12 +43,12 @@ def test_works_come_in_the_order_of_their_names_and_one_spelling(tmp_path: Path)
     source = archive(tmp_path / "a.tar.gz", {"b_gut": "B", "a_gut": PLAY, "a_gut_f": "Olde", "metadata": "[a_gut]"})
     assert [name for name, _ in scenes(source)] == ["a/0", "a/1", "a/2", "b/0"]
     with pytest.raises(UserError, match="became 4 documents .* not the 961"):
-        _build(source, tmp_path / "out.zst")
+        SHAKESPEARE.build(source, tmp_path / "out.zst")
 
 
 def test_the_text_is_the_pinned_one() -> None:
-    path = prepare_shakespeare(DATA)
-    assert resolve_embedded("embedded:shakespeare", DATA) == path and shakespeare_ready(DATA)
+    path = SHAKESPEARE.prepare(DATA)
+    assert resolve_embedded("embedded:shakespeare", DATA) == path and SHAKESPEARE.ready(DATA)
     with open(path, "rb") as raw:
         reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
         lines = io.BufferedReader(reader, 1 << 20).readlines()  # type: ignore[arg-type, type-var]
@@ -61,11 +61,11 @@ def test_the_text_is_the_pinned_one() -> None:
 
 
 def test_a_damaged_text_is_not_taken_for_ready(tmp_path: Path) -> None:
-    path = prepare_shakespeare(DATA)
+    path = SHAKESPEARE.prepare(DATA)
     record = read_json(DATA / "shakespeare.json")
     (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert not shakespeare_ready(tmp_path)
+    assert not SHAKESPEARE.ready(tmp_path)
     commit_json(tmp_path / "shakespeare.json", record)
-    assert shakespeare_ready(tmp_path)
+    assert SHAKESPEARE.ready(tmp_path)
     (tmp_path / path.name).write_bytes(path.read_bytes()[:-1])
-    assert not shakespeare_ready(tmp_path)
+    assert not SHAKESPEARE.ready(tmp_path)
