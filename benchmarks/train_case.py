@@ -301,8 +301,8 @@ def shards(case: Case) -> dict[str, Any]:
     rows = int(Cache(case.cache).shards("train").rows.sum())
     with local_server() as url:
         copy_to(Path(case.cache), url)
-        # The first epoch is the warm-up: it fills the copies on the local disk.
-        case = replace(case, warmup=rows // case.batch)
+        # The first epoch fills the copies on the local disk; its checkpoint, too, is before the clock starts.
+        case = replace(case, warmup=rows // case.batch + case.warmup)
         return train(case, url, **{"data.local_copies": f"{case.run}/copies"})
 
 
