@@ -127,7 +127,8 @@ class DistillModule(LightningModule):
 
     def _built(self) -> DistilXLSTM:
         data = self._data
-        student = DistilXLSTM(self.student, data.teacher.facts, data.teacher.tensors(), data.max_length)
+        with torch.device("cpu"):  # a GPU draws other numbers: the first weights are those of the seed, on any device
+            student = DistilXLSTM(self.student, data.teacher.facts, data.teacher.tensors(), data.max_length)
         draws = data.tail_samples if data.keeps_k else None
         self.loss.check(data.taus, data.has_hidden, data.pool_block > 0, len(student.mlstm_blocks), draws)
         data.read_only(self.loss.columns())

@@ -37,6 +37,8 @@ def prepare_process(quiet: bool) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a failure in the engine is our own exception
     # T tokens fill the model's positions; the token sampled after them is never read.
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    # Tensor parallelism: this process has counted its GPUs, after which a fork of it can use none.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if "OMP_NUM_THREADS" not in os.environ:  # vLLM's CPU worker computes on one thread without it
         os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
