@@ -17,6 +17,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 
 from pipeline.commit import commit_file, new_claim_id, temporary_path
+from student.ranks import AnyRank
 from student.seal import check_seal, seal
 
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -49,6 +50,7 @@ class RunCheckpoint(Checkpoint):
         self._step = 0
         self._signal = 0
         self._saved_to_stop = False
+        self._any_rank = AnyRank()
         self._former: dict[int, Any] = {}
         self._loader_state: dict[str, Any] | None = None
 
@@ -86,7 +88,7 @@ class RunCheckpoint(Checkpoint):
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         if not stepped or trainer.is_last_batch:
             return
-        stop = self._stop(trainer)
+        stop = self._asked_to_stop(trainer, pl_module.device)
         if stop or self._step % self.every_steps == 0:
             self._save(trainer, LAST)
         self._saved_to_stop = stop  # the stop itself waits until this step's line is logged
@@ -123,8 +125,13 @@ class RunCheckpoint(Checkpoint):
             number, handler = self._former.popitem()
             signal.signal(number, handler)
 
+    def _asked_to_stop(self, trainer: Trainer, device: torch.device) -> bool:
+        """Whether any rank was; all ranks answer the same. Several GPUs may answer a step late."""
+        asked = bool(self._signal)
+        return asked if trainer.world_size == 1 else self._any_rank(asked, device)
+
     def _stop(self, trainer: Trainer) -> bool:
-        """Whether any rank was asked to stop; all ranks answer the same."""
+        """Whether any rank was asked to stop until now; all ranks answer the same."""
         if trainer.world_size == 1:
             return bool(self._signal)
         return trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False)

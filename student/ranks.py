@@ -121,6 +121,37 @@ def over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+class AnyRank:
+    """Whether any rank has raised a flag, asked at every step: on a GPU told one call later, so that none waits for it.
+
+    All ranks call together and get the same answer.
+    """
+
+    def __init__(self) -> None:
+        self._asked: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def __call__(self, raised: bool, device: torch.device) -> bool:
+        """Tell the others this rank's flag; on a GPU the answer to the call before.
+
+        Args:
+            raised: this rank's flag.
+            device: of the process group.
+        """
+        flag = torch.tensor(float(raised))
+        if device.type != "cuda":
+            return bool(over_ranks(flag))
+        before = self._asked
+        total = over_ranks(flag.pin_memory().to(device, non_blocking=True))
+        answer = torch.empty_like(flag, pin_memory=True).copy_(total, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        self._asked = answer, done
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0])
+
+
 def is_lost_rank(error: BaseException) -> bool:
     """Whether an error only says that another rank is gone."""
     of_backend = isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error)

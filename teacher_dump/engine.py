@@ -172,6 +172,8 @@ class TeacherEngine:
             "tensor_parallel_size": options.tensor_parallel,
             # Within a placement group of Ray vLLM would otherwise make Ray actors of its ranks.
             "distributed_executor_backend": "mp" if options.tensor_parallel > 1 else None,
+            # vLLM's own is for messages smaller than any of ours, and takes a process or two to try out.
+            "disable_custom_all_reduce": True,
             "gpu_memory_utilization": options.gpu_memory_utilization,
             "enforce_eager": options.enforce_eager,
             "enable_prefix_caching": False,
