@@ -22,7 +22,13 @@ import numpy as np
 
 from pipeline.errors import UserError
 from teacher_dump.rows import CapturedRow, CaptureSpec, PackedRow
-from teacher_dump.vllm_process import StartLog, keep_freed_pages, prepare_process, shared_config
+from teacher_dump.vllm_process import (
+    StartLog,
+    keep_freed_pages,
+    message_sockets,
+    prepare_process,
+    shared_config,
+)
 
 if TYPE_CHECKING:
     from teacher_dump.capture import CapturedStep, ModelFacts
@@ -340,8 +346,11 @@ class TeacherEngine:
         if engine is not None:
             TeacherEngine._alive -= 1
             with self._log:
+                sockets = message_sockets(getattr(engine, "model_executor", None))
                 engine.engine_core.shutdown()
-                del engine
+                for socket in sockets:
+                    socket.close(linger=0)
+                del engine, sockets
                 if not TeacherEngine._alive:
                     from vllm.distributed import cleanup_dist_env_and_memory
 

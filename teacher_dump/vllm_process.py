@@ -61,6 +61,26 @@ def keep_freed_pages() -> None:
         libc.mallopt(trim_threshold, 1 << 30)
 
 
+def message_sockets(executor: Any) -> list[Any]:
+    """The open sockets of the queues between an executor and its worker processes; none without worker processes.
+
+    vLLM leaves them to the garbage collector, and until 0.32 that may wait for ever for a worker that has ended.
+    """
+    queues = [getattr(executor, "rpc_broadcast_mq", None), *(getattr(executor, "response_mqs", None) or ())]
+    for worker in getattr(executor, "workers", None) or ():
+        queues += [
+            getattr(worker, "worker_response_mq", None),
+            *(getattr(worker, "peer_worker_response_mqs", None) or ()),
+        ]
+    if not any(queues):
+        return []
+    import zmq
+
+    holders = [holder for queue in queues if queue for holder in (queue, getattr(queue, "_spin_condition", None))]
+    found = [value for holder in holders if holder for value in vars(holder).values() if isinstance(value, zmq.Socket)]
+    return list(dict.fromkeys(found))
+
+
 class StartLog:
     """Sends the process's output to a file while entered, from C++ too; `tail` tells what was written.
 

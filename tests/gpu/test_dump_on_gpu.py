@@ -171,7 +171,8 @@ def test_tensor_parallel_rows(tmp_path: Path, capfd: pytest.CaptureFixture[str])
         for name in ("lse", "target_logit", "log_tail", "attn_map"):
             gap = np.abs(one[name].astype(np.float64) - other[name])
             gaps.setdefault(name, []).extend((np.nanmean(gap), np.nanmax(gap)))
-        gaps.setdefault("ids that differ", []).append(float((one["topk_ids"] != other["topk_ids"]).mean()))
+        pairs = zip(one["topk_ids"][0], other["topk_ids"][0], strict=True)  # of a row: near ties may swap places
+        gaps.setdefault("ids of one only", []).append(float(np.mean([~np.isin(a, b) for a, b in pairs])))
     with capfd.disabled():
         print({name: f"{np.max(values):.2e}" for name, values in gaps.items()}, "at most")
     for name in ("lse", "target_logit", "log_tail"):
