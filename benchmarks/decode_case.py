@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.meters import peak_gb, pick_device, reset_peak, seconds_of
 from benchmarks.processes import report
 from benchmarks.random_cache import random_facts, random_tensors
 from benchmarks.train_baselines import random_teacher_model
-from benchmarks.train_case import Case as TrainCase
-from benchmarks.train_case import peak_gb, pick_device, reset_peak, seconds_of
+from benchmarks.train_step import Case as TrainCase
 from student.model import DistilXLSTM, StudentState
 
 

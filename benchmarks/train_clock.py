@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from benchmarks.train_case import peak_gb, reset_peak, wait
+from benchmarks.meters import peak_gb, reset_peak, wait
+from benchmarks.train_profile import StepProfile
 
 
 class StepClock(Callback):
@@ -18,11 +19,15 @@ class StepClock(Callback):
 
     Attributes:
         seconds: None until all steps are done.
+        table: their profile, if it was asked for.
         waits: seconds that the trainer waited for each batch of those steps.
     """
 
-    def __init__(self, warmup: int, steps: int) -> None:
+    def __init__(self, warmup: int, steps: int, profile: bool = False) -> None:
         self.warmup, self.steps = warmup, steps
+        self.table = ""
+        self._profile: StepProfile | None = None
+        self._profiled = profile
         self.step = 0
         self.seconds: float | None = None
         self.waits: list[float] = []
@@ -44,6 +49,8 @@ class StepClock(Callback):
         elif self.step == self.warmup + self.steps and self.seconds is None:
             wait(pl_module.device)
             self.seconds = time.perf_counter() - self._started
+            if self._profile is not None:
+                self.table = self._profile.table(self.steps)
             self.waits = self.waits[: self.steps]
             self.memory = peak_gb(pl_module.device)
             self.loss = float(outputs["loss"])
@@ -53,6 +60,9 @@ class StepClock(Callback):
         wait(pl_module.device)
         reset_peak(pl_module.device)
         self.waits.clear()
+        if self._profiled:
+            self._profile = StepProfile(pl_module.device)
+            self._profile.start()
         self._started = time.perf_counter()
 
 

@@ -1,4 +1,4 @@
-"""Where the time of our training step goes: its parts one by one, and its kernels.
+"""Where the time of our training step goes, part by part.
 
 Each part is run by itself, forward and backward, on the step's own tensors: `rest` is what the whole step takes beyond
 their sum (embedding, final norm, the sum of losses, gaps between launches), and may be negative where parts overlap.
@@ -7,17 +7,15 @@ their sum (embedding, final norm, the sum of losses, gaps between launches), and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.train_case import autocast, seconds_of
+from benchmarks.meters import seconds_of
+from benchmarks.train_step import OurStep, autocast
 from student.implicit_attention import pooled_implicit_attention
 from student.mlstm import capturing
-
-if TYPE_CHECKING:
-    from benchmarks.train_case import OurStep
 
 TIMES, WARMUP = 5, 2
 
@@ -82,16 +80,3 @@ def attention_inputs(step: OurStep) -> list[tuple[Tensor, ...]]:
                 x_BTD = block(x_BTD)
             seen.append(captured[0].attention_inputs())
     return seen
-
-
-def profile_table(step: Callable[[], object], device: torch.device, warmup: int, steps: int = 3, rows: int = 40) -> str:
-    """Kernels (on a CPU: operators) by the time they took themselves, over a few steps."""
-    from torch.profiler import ProfilerActivity, profile
-
-    seconds_of(step, 1, device, warmup)
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities) as profiler:
-        seconds = seconds_of(step, steps, device)
-    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    table = profiler.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=80)
-    return f"{steps} steps, {seconds / steps * 1e3:.1f} ms each under the profiler\n{table}"

@@ -31,7 +31,7 @@ from typing import Any
 
 from benchmarks.measured import RESULTS, Row, device_name, merged_with, table, write_results
 from benchmarks.processes import in_own_process
-from benchmarks.train_case import LOSS_PRESET, PRESETS, Case
+from benchmarks.train_step import LOSS_PRESET, PRESETS, Case
 
 CASES = ("online", "package", "synthetic", "shards", "shards_s3", "shards_ddp2")
 KEYS = ("preset", "case", "batch", "length")
@@ -137,7 +137,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--chunk_rows", type=int, default=0, help="tokens whose logits exist at once; 0: the preset's")
     options.add_argument("--no_parts", action="store_true", help="leave out the times of the step's parts")
     options.add_argument("--graphs", action="store_true", help="launch the student's blocks as CUDA graphs; see --name")
-    options.add_argument("--profile", action="store_true", help="print our step's kernels by time; nothing is written")
+    options.add_argument(
+        "--profile", action="store_true",
+        help="print the kernels of a few of our steps by time, and the GPU's gaps; nothing is written",
+    )  # fmt: skip
     options.add_argument("--timeout", type=float, default=600.0, help="seconds after which a case is given up")
     options.add_argument("--scratch", help="folder on the disk that shards are written to")
     options.add_argument("--small", action="store_true", help="a student of width 64, to check the benchmark on a CPU")
@@ -156,8 +159,9 @@ def main(words: list[str] | None = None) -> int:
     if arguments.small and arguments.results == RESULTS:
         options.error("--small measures nothing that belongs in benchmarks/results: name another --results")
     if arguments.profile:
-        arguments.cases = ["synthetic"]
-    elif arguments.cases is None:
+        arguments.cases = arguments.cases or ["synthetic"]
+        arguments.steps, arguments.shard_tokens = min(arguments.steps, 6), 0
+    if arguments.cases is None:
         arguments.cases = CASES if torch.cuda.device_count() > 1 else CASES[:-1]
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         rows = run_cases(arguments, Path(scratch))

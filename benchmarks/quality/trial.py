@@ -23,9 +23,9 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from benchmarks.measured import Row, device_name, versions
+from benchmarks.meters import peak_gb, pick_device, reset_peak, wait
 from benchmarks.quality.arms import LONG_CACHE, Arm, Budget
 from benchmarks.quality.results import TEACHER
-from benchmarks.train_case import peak_gb, pick_device, reset_peak, wait
 from pipeline.cache import Cache
 from pipeline.commit import read_json
 from pipeline.errors import UserError

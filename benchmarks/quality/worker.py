@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.meters import pick_device
 from benchmarks.quality.arms import BUDGETS, STUDENTS, load_arms
 from benchmarks.quality.trial import Lab, Trial
 from benchmarks.random_cache import benchmark_spec, random_columns, write_random_cache
-from benchmarks.train_case import pick_device
 from pipeline.errors import UserError, one_line
 from student.__main__ import main as train
 from student.checkpoint import load_student

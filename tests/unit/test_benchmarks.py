@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers_cache import toy_logits, write_toy_cache
 
-from benchmarks import decode, decode_case, train_case, train_throughput
+from benchmarks import decode, decode_case, train_case, train_step, train_throughput
 from benchmarks.layouts import CHANGES, ArraysLayout, ShardLayout
 from benchmarks.measured import merged_with, table, versions, write_results
 from benchmarks.processes import in_own_process
@@ -25,7 +25,8 @@ from benchmarks.smaller_k import with_smaller_k
 from benchmarks.storage import Options, by_k, in_groups, load_rows, main, run
 from benchmarks.train_baselines import BaselineStep
 from benchmarks.train_clock import StepClock, timed_waits
-from benchmarks.train_parts import attention_inputs, profile_table, step_parts
+from benchmarks.train_parts import attention_inputs, step_parts
+from benchmarks.train_profile import gaps, profile_table
 from pipeline.cache import Cache
 from pipeline.errors import UserError
 from pipeline.row_checks import GroupCheck
@@ -190,8 +191,8 @@ def test_readme_shows_the_committed_results() -> None:
 SMALL = {**train_throughput.SMALL, "batch": 4, "length": 64, "steps": 2, "warmup": 1}
 
 
-def small(case: str, **changes: Any) -> train_case.Case:
-    return train_case.Case(**{"case": case, **SMALL, **changes})
+def small(case: str, **changes: Any) -> train_step.Case:
+    return train_step.Case(**{"case": case, **SMALL, **changes})
 
 
 @pytest.mark.parametrize(
@@ -224,13 +225,13 @@ def test_a_random_cache_trains_and_verifies(tmp_path: Path) -> None:
 
 def test_our_step_is_the_trainings_own() -> None:
     """The benchmark's loss equals what `DistillModule.training_step` computes, and its step lowers it."""
-    step = train_case.OurStep(small("synthetic"), torch.device("cpu"))
+    step = train_step.OurStep(small("synthetic"), torch.device("cpu"))
     step.config = replace(step.config, tau_start=1.5, tau_end=1.5, alpha_end=step.config.alpha_start, delta=None)
     step.module.loss = step.config
     group = SimpleNamespace(param_groups=[{"lr": 1e-4}])
     step.module._trainer = SimpleNamespace(world_size=1, global_step=0, optimizers=[group], strategy=None)  # type: ignore[assignment]
     step.module.log = step.module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    with train_case.autocast(step.device):
+    with train_step.autocast(step.device):
         expected = step.module.training_step(step.batch, 0)
     assert torch.equal(step.loss(), expected) and step.config.gamma > 0
     first, *_, last = (float(step()) for _ in range(8))
@@ -242,7 +243,7 @@ def test_the_packages_step_has_the_same_loss_and_gradient_as_ours() -> None:
     case, device = small("package"), torch.device("cpu")
     whole, halves = (BaselineStep(case, device, rows) for rows in (4, 2))
     batch, h_BTD = whole.parts[0], torch.randn(4, 64, 64).requires_grad_()
-    with train_case.autocast(device):
+    with train_step.autocast(device):
         sums = fused_kd_sums(
             h_BTD.flatten(0, 1), Head(whole.embedding_VD), batch.target_BT.flatten(),
             TeacherTopK(
@@ -261,7 +262,7 @@ def test_the_authors_way_takes_the_whole_vocabulary() -> None:
     """With the teacher's logits equal to the student's the divergence is zero, and the cross-entropy is left."""
     step = BaselineStep(small("online"), torch.device("cpu"), 4)
     batch, h_BTD = step.parts[0], torch.randn(4, 64, 64)
-    with train_case.autocast(step.device):
+    with train_step.autocast(step.device):
         logits_NV = torch.nn.functional.linear(h_BTD.flatten(0, 1), step.embedding_VD)
     step.teacher = lambda input_ids: SimpleNamespace(logits=logits_NV.view(4, 64, 160))
     ce = torch.nn.functional.cross_entropy(logits_NV.float(), batch.target_BT.flatten(), reduction="sum")
@@ -273,22 +274,22 @@ def test_a_case_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> 
     tried: list[int] = []
 
     class Large(BaselineStep):
-        def __init__(self, case: train_case.Case, device: torch.device, rows: int) -> None:
+        def __init__(self, case: train_step.Case, device: torch.device, rows: int) -> None:
             tried.append(rows)
             if rows > 1:
                 raise torch.OutOfMemoryError("too large")
             super().__init__(case, device, rows)
 
-    monkeypatch.setattr("benchmarks.train_baselines.BaselineStep", Large)
+    monkeypatch.setattr("benchmarks.train_case.BaselineStep", Large)
     assert train_case.baseline(small("package"))["micro_rows"] == 1 and tried == [4, 2, 1]
 
 
 def test_flops_of_the_fast_student_on_qwens_shape() -> None:
-    shape = train_case.Case("synthetic", 64, 512)
+    shape = train_step.Case("synthetic", 64, 512)
     with torch.device("meta"):
         tensors = {name: torch.empty(8, 1536) for name in ("embedding_VD", "head_VD")}
         model = DistilXLSTM(shape.student(), random_facts(8, 1536), {**tensors, "norm_D": torch.empty(1536)}, 512)
-    flops = train_case.flops_per_token(train_case.trained_matrices(model), shape.vocab, shape.width)
+    flops = train_step.flops_per_token(train_step.trained_matrices(model), shape.vocab, shape.width)
     assert flops["blocks"] == pytest.approx(0.50e9, rel=0.01) and flops["head"] == pytest.approx(0.933e9, rel=0.01)
 
 
@@ -310,7 +311,7 @@ def test_a_rows_share_is_of_each_gpus_floor(kind: str, share: float) -> None:
 
 @pytest.mark.parametrize("shape", [{}, {"preset": "recommended", "width": 96, "heads": 3}])
 def test_parts_add_up_to_the_step(shape: dict[str, Any]) -> None:
-    step = train_case.OurStep(small("synthetic", **shape), torch.device("cpu"))
+    step = train_step.OurStep(small("synthetic", **shape), torch.device("cpu"))
     maps = step.module._forward(step.batch, with_maps=True)[1]
     inputs = attention_inputs(step)
     assert len(inputs) == len(maps) == len(step.model.mlstm_blocks)
@@ -450,3 +451,19 @@ def test_a_steady_rate_leaves_out_start_and_end() -> None:
     even = [(10.0 + 0.1 * step, 10) for step in range(1, 81)]
     slow_end = [(30.0, 5), (60.0, 5)]
     assert steady_rate(slow_start + even + slow_end) == pytest.approx(100.0)
+
+
+def test_gaps_of_a_profile() -> None:
+    """What runs beside a collective is no gap; what waits for one is."""
+    work = [
+        {"name": "a", "ts": 0.0, "dur": 2000.0},
+        {"name": "ncclAllReduce", "ts": 1000.0, "dur": 3000.0},
+        {"name": "b", "ts": 1500.0, "dur": 1000.0},
+        {"name": "c", "ts": 4500.0, "dur": 500.0},
+    ]
+    first, gap, collective = gaps(work, 1).splitlines()
+    assert first == (
+        "1 steps of 5.0 ms: in each 2.0 ms without work of this rank's own, and 3.0 ms of collectives (1 in all)"
+    )
+    assert gap.split() == "2.00 ms at 2.5 ms, before c".split()
+    assert collective.split() == "3.00 ms at 1.0 ms, ncclAllReduce".split()
