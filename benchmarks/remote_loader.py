@@ -27,7 +27,7 @@ from benchmarks.random_cache import benchmark_spec, write_random_cache
 from pipeline.cache import Cache
 from pipeline.local_copies import LocalCopies
 from pipeline.store import open_path
-from student.data import TrainLoader
+from student.data.loader import TrainLoader
 
 BATCH_ROWS = 16
 WINDOW = 4

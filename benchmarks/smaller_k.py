@@ -1,6 +1,6 @@
 """A cache of a smaller K from one of a larger K, exactly: the first k of every position, the rest moved to the tail.
 
-What `--data.k` does to batches (`student/cache_view.py`), on the columns of a shard.
+What `--data.k` does to batches (`student/data/cache_view.py`), on the columns of a shard.
 
 Legend: R rows, T tokens a row, K ids kept before and k after, S temperatures, D = K - k dropped.
 """
@@ -14,7 +14,7 @@ import torch
 
 from pipeline.schema import CacheSpec
 from pipeline.shard import Columns
-from student.cache_view import tail_with
+from student.data.cache_view import tail_with
 
 
 def with_smaller_k(columns: Columns, spec: CacheSpec, k: int) -> tuple[Columns, CacheSpec]:

@@ -20,7 +20,7 @@ from xlstm.components.ln import LayerNorm
 from benchmarks.dump_throughput import SHAPES
 from benchmarks.random_cache import random_tensors
 from benchmarks.train_step import Case, adamw, autocast, synthetic_batch
-from student.batch import Batch
+from student.data.batch import Batch
 from student.losses.sparse_kd import cross_entropy, kl_k1, log_tail_at
 from student.model import stack_config
 

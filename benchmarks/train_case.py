@@ -25,7 +25,7 @@ from benchmarks.train_clock import StepClock, timed_waits
 from benchmarks.train_parts import step_parts
 from benchmarks.train_profile import profile_table
 from benchmarks.train_step import LOSS_PRESET, PRESETS, Case, OurStep, floor, measure_step
-from student.data import TrainLoader
+from student.data.loader import TrainLoader
 
 
 def synthetic(case: Case) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from benchmarks.meters import seconds_of
 from benchmarks.train_step import OurStep, autocast
-from student.implicit_attention import pooled_implicit_attention
-from student.mlstm import capturing
+from student.blocks.implicit_attention import pooled_implicit_attention
+from student.blocks.mlstm import capturing
 
 TIMES, WARMUP = 5, 2
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from benchmarks.meters import matmul_rate, peak_gb, reset_peak, seconds_of
 from benchmarks.random_cache import benchmark_spec, random_columns, random_facts, random_tensors
 from pipeline.schema import CacheSpec
-from student.batch import IGNORE, Batch
-from student.graphed import record
-from student.group_reader import to_batch
+from student.blocks.graphed import record
+from student.data.batch import IGNORE, Batch
+from student.data.group_reader import to_batch
 from student.losses.attention import attention_alignment
 from student.model import DistilXLSTM, StudentConfig
-from student.module import DistillModule, LossConfig, OptimizerConfig
+from student.training.module import DistillModule, LossConfig, OptimizerConfig
 
 PRESETS = Path("manifests/students")  # benchmarks run from the repository's root
 LOSS_PRESET = "fast"

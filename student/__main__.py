@@ -26,15 +26,15 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.config import check_files_exist
 from pipeline.errors import UserError, run_command
-from student.callbacks import BEST, LAST, Interrupted, LogLines, RunCheckpoint, TrainBar
-from student.checkpoint import RunRecord
-from student.data import CacheDataModule
-from student.identity import Teaching, cache_record, require_same_teacher
-from student.initial import check_initial, keep_origin, load_initial
-from student.module import METRICS, DistillModule
-from student.ranks import OneRun, end_other_ranks, is_lost_rank, require_equal_shares, trainer_options
-from student.run_folder import MetricsCSV, check_same_settings, copy_teacher, open_data, save_settings, steps_done
-from student.sharding import strategy_of
+from student.data.loader import CacheDataModule
+from student.runs.checkpoint import RunRecord
+from student.runs.identity import Teaching, cache_record, require_same_teacher
+from student.runs.run_folder import MetricsCSV, check_same_settings, copy_teacher, open_data, save_settings, steps_done
+from student.training.callbacks import BEST, LAST, Interrupted, LogLines, RunCheckpoint, TrainBar
+from student.training.initial import check_initial, keep_origin, load_initial
+from student.training.module import METRICS, DistillModule
+from student.training.ranks import OneRun, end_other_ranks, is_lost_rank, require_equal_shares, trainer_options
+from student.training.sharding import strategy_of
 
 TRAINER_DEFAULTS = {
     "accelerator": "auto",

@@ -27,12 +27,16 @@ from pipeline.cache import Cache
 from pipeline.commit import commit_bytes, commit_json
 from pipeline.config import parse_into
 from pipeline.errors import UserError, run_command
-from student.attention_baselines import Fitted, fit, own_block_map, previous_block_map, recency_map, uniform_map
-from student.checkpoint import RunRecord, load_student
-from student.device import Precision, batch_rows, in_precision, pick_device
-from student.identity import Teaching, require_same_teacher
-from student.losses.attention import Sinks, prepare_map
-from student.map_distances import (
+from student.evaluation.attention_baselines import (
+    Fitted,
+    fit,
+    own_block_map,
+    previous_block_map,
+    recency_map,
+    uniform_map,
+)
+from student.evaluation.device import Precision, batch_rows, in_precision, pick_device
+from student.evaluation.map_distances import (
     DISTANCES,
     SINKS,
     compared_rows,
@@ -41,7 +45,10 @@ from student.map_distances import (
     student_shares,
     teacher_shares,
 )
+from student.losses.attention import Sinks, prepare_map
 from student.model import DistilXLSTM
+from student.runs.checkpoint import RunRecord, load_student
+from student.runs.identity import Teaching, require_same_teacher
 
 COLUMNS = ("student", "untrained", "mean_teacher_map", "recency", "uniform", "own_block", "previous_block")
 """Whose distances are reported, in the order of the table."""

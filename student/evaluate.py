@@ -29,15 +29,15 @@ from pipeline.commit import commit_json
 from pipeline.config import parse_into
 from pipeline.errors import UserError, run_command
 from pipeline.prefetch import ahead
-from student.batch import Batch
-from student.checkpoint import RunRecord, load_student
-from student.data import SplitLoader
-from student.device import Precision, batch_rows, chunk_rows, in_precision, pick_device
-from student.hugging_face import CausalLM, Dtype, load_causal_lm
-from student.identity import Teaching, require_same_teacher
-from student.map_file import MapCollector
-from student.metrics import NAMES, Positions, Sums, full_kl, of_student, unigram_log_probabilities
+from student.data.batch import Batch
+from student.data.loader import SplitLoader
+from student.evaluation.device import Precision, batch_rows, chunk_rows, in_precision, pick_device
+from student.evaluation.hugging_face import CausalLM, Dtype, load_causal_lm
+from student.evaluation.map_file import MapCollector
+from student.evaluation.metrics import NAMES, Positions, Sums, full_kl, of_student, unigram_log_probabilities
 from student.model import DistilXLSTM
+from student.runs.checkpoint import RunRecord, load_student
+from student.runs.identity import Teaching, require_same_teacher
 
 BATCHES_AHEAD = 2
 OUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -4,7 +4,7 @@
 
 Writes into the folder, config.json last:
 
-    *_distil_xlstm.py        configuration, blocks, model: the files of `student/huggingface`, as they are
+    *_distil_xlstm.py        configuration, blocks, model: the files of `student/exporting/huggingface`, as they are
     model.safetensors        trained parameters, the teacher's embedding, its head unless tied
     tokenizer.json, ...      the teacher's tokenizer
     generation_config.json   the ids that end a text
@@ -31,7 +31,7 @@ from pipeline.config import parse_into
 from pipeline.errors import UserError, one_line, run_command
 from pipeline.licences import LICENCE_FILES
 from pipeline.teacher_folder import MOST_CONFIG_BYTES, TeacherFolder
-from student.checkpoint import RunRecord, load_student
+from student.runs.checkpoint import RunRecord, load_student
 
 CODE = (
     "configuration_distil_xlstm.py",
@@ -39,7 +39,7 @@ CODE = (
     "transformer_blocks_distil_xlstm.py",
     "modeling_distil_xlstm.py",
 )
-HERE = Path(__file__).parent / "huggingface"
+HERE = Path(__file__).parent / "exporting" / "huggingface"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 AUTO_MAP = {
     "AutoConfig": "configuration_distil_xlstm.DistilXLSTMConfig",
@@ -95,8 +95,8 @@ def export(options: ExportOptions) -> Exported:
             missing, or a cache of another teacher.
     """
     try:
-        from student import export_weights
-        from student.model_card import CardSource, model_card
+        from student.exporting import weights
+        from student.exporting.model_card import CardSource, model_card
     except ImportError as error:
         raise UserError(f"export needs the package transformers ({one_line(error)}): install it") from None
     out, dtype = options.out, DTYPES[options.dtype]
@@ -105,11 +105,11 @@ def export(options: ExportOptions) -> Exported:
     source = CardSource(options.run, options.checkpoint, options.cache, options.teacher_licence, options.corpus_licence)
     student, teacher = load_student(options.run, options.checkpoint)
     student.float()
-    config = export_weights.exported_config(student)
-    tensors = export_weights.exported_tensors(student, dtype)
-    model = export_weights.exported_model(config, tensors)
-    deviation = export_weights.deviation(student, model)
-    if dtype == torch.float32 and not export_weights.is_rounding(student, deviation):
+    config = weights.exported_config(student)
+    tensors = weights.exported_tensors(student, dtype)
+    model = weights.exported_model(config, tensors)
+    deviation = weights.deviation(student, model)
+    if dtype == torch.float32 and not weights.is_rounding(student, deviation):
         raise UserError(
             f"{options.run}: the exported model's logits differ from the student's by {deviation:.1e} of the largest: "
             "its weights are not finite, or this is a fault of the export; nothing was written"
@@ -137,9 +137,9 @@ def export(options: ExportOptions) -> Exported:
     fsync_folder(out)
     for name, content in files.items():
         commit_bytes(out / name, content)
-    weights = commit_file(out / "model.safetensors", lambda path: write_weights(path, tensors))
+    written = commit_file(out / "model.safetensors", lambda path: write_weights(path, tensors))
     commit_bytes(out / "config.json", config.to_json_string().encode())
-    return Exported(out, parameters, weights.bytes, deviation)
+    return Exported(out, parameters, written.bytes, deviation)
 
 
 def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:

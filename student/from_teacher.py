@@ -26,16 +26,16 @@ from torch import Tensor
 from pipeline.commit import commit_file, commit_json
 from pipeline.config import parse_into
 from pipeline.errors import UserError, run_command
-from student.attention_transfer import transfer
-from student.callbacks import LAST
-from student.checkpoint import PREFIX, RunRecord
-from student.data import CacheDataModule
-from student.device import pick_device
-from student.hugging_face import load_causal_lm
+from student.data.loader import CacheDataModule
+from student.evaluation.device import pick_device
+from student.evaluation.hugging_face import load_causal_lm
 from student.model import DistilXLSTM, StudentConfig
-from student.run_folder import ORIGIN, copy_teacher
-from student.seal import check_seal, seal
-from student.teacher_weights import (
+from student.runs.checkpoint import PREFIX, RunRecord
+from student.runs.run_folder import ORIGIN, copy_teacher
+from student.runs.seal import check_seal, seal
+from student.training.callbacks import LAST
+from student.transfer.attention_transfer import transfer
+from student.transfer.teacher_weights import (
     check_same_function,
     check_same_teacher,
     copy_teacher_weights,

@@ -23,9 +23,9 @@ from torch import Tensor
 from pipeline.config import parse_into
 from pipeline.errors import UserError, one_line, run_command
 from pipeline.teacher_folder import TeacherFolder
-from student.checkpoint import load_student
-from student.device import pick_device
+from student.evaluation.device import pick_device
 from student.model import DistilXLSTM
+from student.runs.checkpoint import load_student
 
 
 @dataclass(frozen=True)

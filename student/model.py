@@ -3,9 +3,9 @@
 Distil-xLSTM (arXiv 2503.18565, section 3): sLSTM and mLSTM blocks in turn, of the teacher's width, between the
 teacher's own embedding and language-model head, neither of which is trained or stored again in a checkpoint unless the
 configuration says so: a trained one begins as the teacher's and is a float32 parameter like any other. The blocks
-are those of the `xlstm` package (arXiv 2405.04517); `student/mlstm.py` and `student/slstm.py` say how their cells are
-computed here, `student/block_forward.py` how whole blocks are on a GPU. Or all are mLSTM blocks of the teacher's shape
-(`student/transformer_block.py`), which can begin with its weights.
+are those of the `xlstm` package (arXiv 2405.04517); in `student/blocks`, `mlstm.py` and `slstm.py` say how their cells
+are computed here, `block_forward.py` how whole blocks are on a GPU. Or all are mLSTM blocks of the teacher's shape
+(`transformer_block.py`), which can begin with its weights.
 
 Legend: B rows, T tokens, N positions in any order, D width, V vocabulary, n = T/b pooling blocks.
 """
@@ -33,11 +33,11 @@ from xlstm.components.ln import LayerNorm
 
 from pipeline.errors import UserError
 from pipeline.teacher_folder import TeacherFacts
-from student.block_forward import use_fused_forward
-from student.graphed import Blocks, GraphedBlocks
-from student.mlstm import mlstm_initial_state, mlstm_prefill, use_cell_backend
-from student.slstm import slstm_initial_state, slstm_prefill, use_scan_cell
-from student.transformer_block import TransformerBlock, TransformerShape, TransformerStack, check_transformer
+from student.blocks.block_forward import use_fused_forward
+from student.blocks.graphed import Blocks, GraphedBlocks
+from student.blocks.mlstm import mlstm_initial_state, mlstm_prefill, use_cell_backend
+from student.blocks.slstm import slstm_initial_state, slstm_prefill, use_scan_cell
+from student.blocks.transformer_block import TransformerBlock, TransformerShape, TransformerStack, check_transformer
 
 VOCABULARY = ("embedding_VD", "untied_head_VD")
 """Names of the embedding and of a head that is not the embedding: buffers where frozen, parameters where trained."""

@@ -24,10 +24,10 @@ from typing import Any, Literal
 from pipeline.commit import commit_json
 from pipeline.config import parse_into
 from pipeline.errors import UserError, run_command
-from student.device import in_precision, pick_device
-from student.language_model import LanguageModel, hugging_face, student_of
-from student.log_likelihood import Scored, as_request, log_likelihoods
-from student.zero_shot_tasks import SOURCE, TASKS, Document, Task, load_documents
+from student.evaluation.device import in_precision, pick_device
+from student.evaluation.language_model import LanguageModel, hugging_face, student_of
+from student.evaluation.log_likelihood import Scored, as_request, log_likelihoods
+from student.evaluation.zero_shot_tasks import SOURCE, TASKS, Document, Task, load_documents
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
 

@@ -13,10 +13,10 @@ from helpers_student import save_checkpoint
 
 from pipeline.cache import Cache
 from pipeline.commit import commit_json
-from student.checkpoint import RunRecord
-from student.identity import RunCache, cache_record
 from student.model import DistilXLSTM, StudentConfig
-from student.module import LossConfig
+from student.runs.checkpoint import RunRecord
+from student.runs.identity import RunCache, cache_record
+from student.training.module import LossConfig
 
 
 def shake(student: DistilXLSTM, seed: int = 0, by: float = 0.05) -> DistilXLSTM:

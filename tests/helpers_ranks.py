@@ -53,7 +53,7 @@ def rank_main(arguments: list[str], variables: dict[str, str], output: Path, rec
 
     from pipeline.errors import run_command
     from student import __main__ as command
-    from student import ranks
+    from student.training import ranks
 
     torch.set_num_threads(1)
     ranks.SHARED_SECONDS = 2.0

@@ -8,9 +8,9 @@ import torch
 from helpers_student import save_checkpoint
 
 from pipeline.cache import Cache
-from student.checkpoint import RunRecord
 from student.model import DistilXLSTM, StudentConfig
-from student.run_folder import copy_teacher
+from student.runs.checkpoint import RunRecord
+from student.runs.run_folder import copy_teacher
 
 CONFIG = StudentConfig(blocks=2, heads=4, final_norm="teacher")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.teacher_folder import TeacherFacts
-from student.seal import seal
+from student.runs.seal import seal
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from student.blocks.transformer_block import TransformerBlock, TransformerShape
 from student.model import StudentConfig
-from student.transformer_block import TransformerBlock, TransformerShape
 
 CELL_EPS = 1e-6
 """What the mLSTM cell adds to its divisor, at the scale of its stabiliser."""

@@ -17,6 +17,7 @@ import sys
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ from benchmarks.measured import Row, device_name, table
 from benchmarks.quality import STARTED
 from benchmarks.quality.arms import BUDGETS, HELDOUT_CACHE, OTHER_CACHE, QUESTIONS, Arm, Budget, chosen, load_arms
 from benchmarks.quality.caches import Dumps, needs
+from benchmarks.quality.judges import JUDGES
 from benchmarks.quality.pool import Answer, Clock, Pool, known_seconds
 from benchmarks.quality.results import QUALITY, RowFile, curves_of, key_of
 from benchmarks.quality.tables import KL as KL_TO_TEACHER
@@ -51,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--results", type=Path, default=QUALITY, help="the file that figures are added to")
     options.add_argument("--out", type=Path, help="folder that gets a copy of every result as it comes")
     options.add_argument("--keep_runs", action="store_true", help="leave the students' run folders in SCRATCH")
+    options.add_argument("--judges", nargs="+", choices=JUDGES, default=[], help="ask these about every student too")
+    options.add_argument("--graphs", action="store_true", help="launch blocks as CUDA graphs; changes times only")
     options.add_argument("--small", action="store_true", help="2 shards of 512 tokens: checks the runner, on a CPU too")
     options.add_argument("--list", action="store_true", help="say what is missing, and end")
     options.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="add the rows of such files, and end")
@@ -77,7 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
         results = given.scratch / QUALITY.name
     arms = chosen(load_arms(), given.arms, given.question, budget)
     seeds = given.seeds or list(budget.seeds)
-    missing = trials_of(arms, seeds, budget, RowFile(results).read(), given.scratch, given.keep_runs)
+    how = {"keep": given.keep_runs, "judges": tuple(given.judges), "graphs": given.graphs}
+    missing = trials_of(arms, seeds, budget, RowFile(results).read(), given.scratch, **how)
     print(f"{len(arms) * len(seeds)} trials of {budget.name}, {len(missing)} without figures", flush=True)
     if given.list:
         print("\n".join(map(str, missing)))
@@ -89,9 +94,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def trials_of(
-    arms: list[Arm], seeds: list[int], budget: Budget, rows: list[Row], scratch: Path, keep: bool = False
+    arms: list[Arm], seeds: list[int], budget: Budget, rows: list[Row], scratch: Path, **how: Any
 ) -> list[Trial]:
-    """Those that have no figures, or figures of other settings than the manifests' now; the first seeds first."""
+    """Those that have no figures, or figures of other settings than the manifests' now; the first seeds first.
+
+    Args:
+        how: further fields of `Trial`.
+    """
     done = {key_of(row) for row in rows if "error" not in row and _is_current(row, arms, budget)}
     caches = scratch / "caches" / budget.name
     trials = [
@@ -103,7 +112,7 @@ def trials_of(
             caches / HELDOUT_CACHE,
             caches / OTHER_CACHE,
             scratch / "runs" / f"{budget.name}-{arm.name}-{seed}",
-            keep,
+            **how,
         )  # fmt: skip
         for seed in seeds
         for arm in arms
@@ -154,7 +163,8 @@ def write_answer(trial: Trial, answer: Answer, *, results: Path, out: Path | Non
         )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        for path in (results, curves_of(results)):
+        pictures = sorted((logs.parent / "pictures").glob("*-0.png"))
+        for path in (results, curves_of(results), *pictures):
             if path.is_file():
                 shutil.copyfile(path, out / path.name)
         ends = [f"== {path.name}\n{end_of(path)}" for path in sorted(logs.glob("*.log"))]

@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError
-from student.run_folder import flatten
+from student.runs.run_folder import flatten
 
 EXPERIMENTS = Path("manifests/experiments")  # benchmarks run from the repository's root
 STUDENTS = Path("manifests/students")

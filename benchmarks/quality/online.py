@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from student.batch import IGNORE, Batch
-from student.hugging_face import CausalLM, load_causal_lm
+from student.data.batch import IGNORE, Batch
+from student.evaluation.hugging_face import CausalLM, load_causal_lm
 from student.losses.fused import Head, KDSums
 from student.losses.sparse_kd import Divergence
-from student.module import DistillModule
+from student.training.module import DistillModule
 
 
 class OnlineModule(DistillModule):

@@ -14,6 +14,7 @@ from benchmarks.quality.results import TEACHER
 from benchmarks.quality.tables import (
     CE,
     KL,
+    attention_table,
     cost_table,
     difference,
     long_table,
@@ -22,6 +23,7 @@ from benchmarks.quality.tables import (
     of_question,
     question_table,
     teacher_row,
+    zero_shot_table,
 )
 from pipeline.commit import commit_bytes
 from pipeline.errors import UserError
@@ -31,6 +33,7 @@ DOCS = Path("docs")
 TEMPLATE = Path(__file__).with_name("results_template.md")
 SHOWN = ("headline", "screen")
 """Budgets that the page tells of, the weightier first."""
+NOT_YET = "Nothing was measured yet.\n"
 SURE = 2.0
 """A difference is told as one if it is so many times its own noise."""
 
@@ -56,6 +59,9 @@ def write_report(rows: Sequence[Row], curves: Sequence[Row], docs: Path = DOCS) 
         "noise": " ".join(_noise(rows, budget) for budget in budgets),
         "questions": "".join(_question(rows, curves, name, budgets, pictures) for name in QUESTIONS),
         "positions": _positions(rows, budgets[0], pictures) + "".join(_long(rows, budget) for budget in budgets),
+        "zero_shot": "".join(_plain_table(zero_shot_table(rows, budget), budget) for budget in budgets) or NOT_YET,
+        "attention": "".join(_plain_table(attention_table(rows, budget), budget) for budget in budgets) or NOT_YET,
+        "maps": _maps(rows, pictures),
         "costs": "".join(_costs(rows, budget) for budget in budgets),
         "devices": ", ".join(sorted({str(row["device"]) for row in measured})),
     }
@@ -164,6 +170,20 @@ def _long(rows: Sequence[Row], budget: str) -> str:
     head = list(lines[0])
     cells = [[_cell(line[column], column) for column in head] for line in lines]
     return f"\n*{budget}*, held-out text in longer rows, by the positions that follow:\n\n{table(head, cells)}\n"
+
+
+def _plain_table(lines: Sequence[Row], budget: str) -> str:
+    if not lines:
+        return ""
+    head = list(lines[0])
+    return f"\n*{budget}*\n\n{table(head, [[_cell(line[column], column) for column in head] for line in lines])}\n"
+
+
+def _maps(rows: Sequence[Row], pictures: Path) -> str:
+    """Pictures of maps that the runner left, beside the other pictures, of arms that have such a figure."""
+    arms = dict.fromkeys(row["arm"] for row in rows if "attention" in row)
+    there = [arm for arm in arms if (pictures / f"attention-{arm}-0.png").is_file()]
+    return "".join(f"\n`{arm}`:\n\n![Maps of {arm}]({pictures.name}/attention-{arm}-0.png)\n" for arm in there)
 
 
 def _costs(rows: Sequence[Row], budget: str) -> str:

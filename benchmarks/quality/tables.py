@@ -141,6 +141,47 @@ def long_table(rows: Sequence[Row], budget: str) -> list[Row]:
     return lines
 
 
+def zero_shot_table(rows: Sequence[Row], budget: str) -> list[Row]:
+    """Per cent of right answers by task: the teacher, every arm that was asked (means over seeds), and chance."""
+    asked = {
+        name: [row["zero_shot"] for row in own if "zero_shot" in row] for name, own in of_budget(rows, budget).items()
+    }
+    asked = {name: own for name, own in asked.items() if own}
+    if not asked:
+        return []
+    one = next(iter(asked.values()))[0]
+
+    def line(name: str, answers: Sequence[dict[str, dict[str, float]]]) -> Row:
+        return {"arm": name, "seeds": len(answers)} | {
+            task: f"{100 * mean(found[task][str(found[task]['measure'])] for found in answers):.1f}"
+            for task in one["tasks"]
+        }
+
+    chance = {task: "-" if value is None else f"{100 * value:.1f}" for task, value in one["chance"].items()}
+    arms = [line(name, [row["tasks"] for row in own]) for name, own in asked.items()]
+    return [line(TEACHER, [one["teacher"]]), *arms, {"arm": "chance", "seeds": "-", **chance}]
+
+
+ATTENTION_COLUMNS = ("student", "untrained", "mean_teacher_map", "recency", "uniform")
+
+
+def attention_table(rows: Sequence[Row], budget: str) -> list[Row]:
+    """For each arm that was compared: the distance of its attention maps from the teacher's, and of what has learned
+    none; with the first key block and without it. Means over seeds."""
+    lines: list[Row] = []
+    for name, own in of_budget(rows, budget).items():
+        found = [row["attention"]["mean"] for row in own if "attention" in row]
+        if found:
+            line: Row = {"arm": name, "seeds": len(found)}
+            for sinks, title in (("keep", ""), ("drop", ", no sink")):
+                for whose in ATTENTION_COLUMNS:
+                    line[f"{whose.replace('_', ' ')}{title}"] = mean(
+                        one[sinks]["jensen_shannon"][whose] for one in found
+                    )
+            lines.append(line)
+    return sorted(lines, key=lambda line: float(line["student"]))
+
+
 def teacher_row(rows: Sequence[Row], budget: str) -> Row | None:
     """The teacher's own figures on the texts that a budget is judged by."""
     wanted = "small" if budget == "small" else TEACHER

@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks.measured import Row, device_name, versions
 from benchmarks.meters import peak_gb, pick_device, reset_peak, wait
 from benchmarks.quality.arms import LONG_CACHE, Arm, Budget
+from benchmarks.quality.judges import DOCUMENTS, FEW_DOCUMENTS, attention_figures, zero_shot_figures
 from benchmarks.quality.results import TEACHER
 from pipeline.cache import Cache
 from pipeline.commit import read_json
@@ -32,8 +33,8 @@ from pipeline.errors import UserError
 from pipeline.packages import exclusive
 from student.__main__ import main as train
 from student.evaluate import EvaluateOptions, FullTeacher, evaluate, load_teacher
-from student.module import KL_METRIC, DistillModule
-from student.run_folder import ORIGIN
+from student.runs.run_folder import ORIGIN
+from student.training.module import KL_METRIC, DistillModule
 
 WARM_STEPS = 10
 """Steps before the clock of tokens_per_s starts: kernels are compiled in the first ones of a process."""
@@ -50,6 +51,8 @@ class Trial:
             needs (`Arm.dumps`) lie beside them.
         run: the run's folder.
         keep: leave it there.
+        judges: those of `judges.JUDGES` that are asked too.
+        graphs: launch blocks as CUDA graphs, which changes times only.
     """
 
     arm: Arm
@@ -60,6 +63,8 @@ class Trial:
     other: Path
     run: Path
     keep: bool = False
+    judges: tuple[str, ...] = ()
+    graphs: bool = False
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -87,6 +92,7 @@ class Trial:
             "data.seed": self.seed,
             "trainer.accelerator": "gpu" if torch.cuda.is_available() else "cpu",
             "trainer.devices": 1,
+            "model.graphs": self.graphs,
             **self.arm.options(self.budget),
         }
         files = [word for path in self.arm.config_files() for word in ("--config", str(path))]
@@ -147,6 +153,7 @@ class Lab:
     def __init__(self, teacher: FullTeacher | None = None) -> None:
         self.device = pick_device()
         self._teacher = None if teacher is None else RememberedTeacher(teacher)
+        self._teacher_zero_shot: Row = {}
 
     def run(self, trial: Trial) -> dict[str, Any]:
         """Train and evaluate.
@@ -195,6 +202,7 @@ class Lab:
         if trial.arm.long:
             found = self.evaluate(trial, run, trial.heldout.with_name(LONG_CACHE), "long")
             long = {"long": {**figures(found, "student"), "by_position": long_positions(found)}}
+        judged = self.judge(trial, run)
         seconds["evaluate"] = time.perf_counter() - after
         seconds["total"] = time.perf_counter() - started
         tokens_per_step = trial.batch_rows * Cache(trial.train).spec.length
@@ -221,6 +229,7 @@ class Lab:
             "tokens_per_s": clock.tokens_per_s(tokens_per_step) if clock.steps else 0.0,
             "peak_gb": memory,
             **long,
+            **judged,
             **common,
         }
         teacher: Row = {
@@ -229,6 +238,22 @@ class Lab:
             "by_position": by_position(heldout, "teacher_cross_entropy"), **common,
         }  # fmt: skip
         return {"row": row, "teacher": teacher, **({"curve": read_curve(trial)} if clock.steps else {})}
+
+    def judge(self, trial: Trial, run: Path) -> Row:
+        """What the judges find that the trial asks for."""
+        found: Row = {}
+        if "zero_shot" in trial.judges:
+            documents = FEW_DOCUMENTS if trial.budget.name == "small" else DOCUMENTS
+            student = zero_shot_figures(run / "zero_shot.json", documents, run=str(run))
+            if not self._teacher_zero_shot:
+                folder = str(Cache(trial.heldout).manifest.teacher_path)
+                out = run / "zero_shot_teacher.json"
+                self._teacher_zero_shot = zero_shot_figures(out, documents, teacher=folder)["tasks"]
+            found["zero_shot"] = {**student, "teacher": self._teacher_zero_shot}
+        if "attention" in trial.judges:
+            picture = trial.run.parent.parent / "pictures" / f"attention-{trial.arm.name}-{trial.seed}.png"
+            found["attention"] = attention_figures(run, trial.heldout, picture)
+        return found
 
     def evaluate(self, trial: Trial, run: Path, cache: Path, name: str) -> dict[str, Any]:
         """What `student.evaluate` finds of a run's student on the held-out rows of a cache."""

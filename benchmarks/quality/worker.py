@@ -25,11 +25,11 @@ from benchmarks.quality.trial import Lab, Trial
 from benchmarks.random_cache import benchmark_spec, random_columns, write_random_cache
 from pipeline.errors import UserError, one_line
 from student.__main__ import main as train
-from student.checkpoint import load_student
+from student.data.group_reader import to_batch
 from student.evaluate import measure
-from student.group_reader import to_batch
-from student.map_file import MapCollector
-from student.metrics import Sums
+from student.evaluation.map_file import MapCollector
+from student.evaluation.metrics import Sums
+from student.runs.checkpoint import load_student
 
 ROWS = 32
 
@@ -37,14 +37,17 @@ ROWS = 32
 def trial_of(order: dict[str, Any]) -> Trial:
     paths = {name: Path(order[name]) for name in ("train", "heldout", "other", "run")}
     arm, budget = load_arms()[order["arm"]], BUDGETS[order["budget"]]
-    return Trial(arm, order["seed"], budget, **paths, keep=order["keep"])
+    return Trial(
+        arm, order["seed"], budget, **paths, keep=order["keep"], judges=tuple(order["judges"]), graphs=order["graphs"]
+    )
 
 
 def order_of(trial: Trial) -> dict[str, Any]:
     """What `trial_of` reads."""
     name, seed, budget = trial.key
     paths = {field: str(getattr(trial, field)) for field in ("train", "heldout", "other", "run")}
-    return {"arm": name, "seed": seed, "budget": budget, "keep": trial.keep, **paths}
+    more = {"keep": trial.keep, "judges": trial.judges, "graphs": trial.graphs}
+    return {"arm": name, "seed": seed, "budget": budget, **more, **paths}
 
 
 def warm_up(folder: Path) -> None:

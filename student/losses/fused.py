@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from student.batch import IGNORE
+from student.data.batch import IGNORE
 from student.losses.sparse_kd import Divergence, draw_weights
 
 _CPU_BLOCK_ROWS = 8

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from student.batch import IGNORE
+from student.data.batch import IGNORE
 from student.losses.sparse_kd import Divergence
 
 

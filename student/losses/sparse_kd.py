@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from student.batch import IGNORE
+from student.data.batch import IGNORE
 
 Divergence = Literal["tail", "renormalised", "sampled"]
 """What stands for the KL from teacher to student; see the module."""

@@ -23,7 +23,7 @@ from pipeline import schema
 from pipeline.cache import Cache
 from pipeline.errors import UserError
 from pipeline.verify import verify_cache
-from student.seal import check_seal, seal
+from student.runs.seal import check_seal, seal
 
 SHARD = "shard-00001.parquet"
 TEACHER_FILES = ("teacher/head.safetensors", "teacher/token_bytes.parquet", "teacher/config.json")

@@ -31,7 +31,7 @@ from pipeline.manifest import MANIFEST, Manifest, read_manifest
 from pipeline.schema import HELDOUT_UNIT, CacheSpec
 from pipeline.verify import verify_cache
 from student.evaluate import EvaluateOptions, evaluate
-from student.identity import RunCache
+from student.runs.identity import RunCache
 from teacher_dump.settings import DumpConfig
 from teacher_dump.work import prepare
 

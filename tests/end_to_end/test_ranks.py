@@ -19,7 +19,7 @@ from helpers_ranks import Ranks, free_port
 
 from pipeline import schema
 from pipeline.cache import Cache
-from student.checkpoint import load_student
+from student.runs.checkpoint import load_student
 
 CLOSE = 2e-4
 """Largest difference of a weight after 10 steps: sums over ranks round otherwise, and AdamW divides small gradients by

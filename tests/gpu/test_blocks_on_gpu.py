@@ -12,9 +12,9 @@ from helpers_student import toy_teacher
 from torch import Tensor, nn
 from xlstm import mLSTMBlock, sLSTMBlock
 
-from student import compiled
-from student.implicit_attention import pooled_implicit_attention
-from student.mlstm import capturing
+from student.blocks import compiled
+from student.blocks.implicit_attention import pooled_implicit_attention
+from student.blocks.mlstm import capturing
 from student.model import DistilXLSTM, StudentConfig
 
 pytestmark = [

@@ -13,8 +13,8 @@ from helpers_teacher import make_teacher
 
 from student.attention_distance import AttentionDistanceOptions, attention_distance
 from student.evaluate import EvaluateOptions, evaluate
-from student.language_model import LanguageModel, hugging_face, student_of
-from student.log_likelihood import as_request, log_likelihoods
+from student.evaluation.language_model import LanguageModel, hugging_face, student_of
+from student.evaluation.log_likelihood import as_request, log_likelihoods
 from student.model import StudentConfig
 
 pytestmark = [

@@ -11,7 +11,7 @@ from helpers_cache import write_toy_cache
 from lightning import Callback, LightningModule, Trainer
 
 from student.__main__ import main
-from student.graphed import GraphedBlocks
+from student.blocks.graphed import GraphedBlocks
 
 pytestmark = [
     pytest.mark.gpu,

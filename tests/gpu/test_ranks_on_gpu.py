@@ -15,7 +15,7 @@ import torch
 from helpers_cache import write_toy_cache
 from helpers_dump import REPOSITORY, environment
 
-from student.checkpoint import load_student
+from student.runs.checkpoint import load_student
 
 NATS = 0.005
 """Between the losses of the same step in float32, as between devices (test_training_on_gpu.py)."""

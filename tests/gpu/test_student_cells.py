@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers_student import toy_teacher
 
-from student.mlstm import mlstm_cell_backend, mlstm_chunkwise
+from student.blocks.mlstm import mlstm_cell_backend, mlstm_chunkwise
 from student.model import DistilXLSTM, StudentConfig
 
 pytestmark = [

@@ -13,11 +13,11 @@ from helpers_student import toy_teacher
 from torch import Tensor, nn
 from xlstm import mLSTMBlock, sLSTMBlock
 
-from student import block_forward, compiled
-from student.block_forward import mlstm_block, slstm_block
-from student.compiled import Compiled
-from student.implicit_attention import pooled_implicit_attention
-from student.mlstm import capturing
+from student.blocks import block_forward, compiled
+from student.blocks.block_forward import mlstm_block, slstm_block
+from student.blocks.compiled import Compiled
+from student.blocks.implicit_attention import pooled_implicit_attention
+from student.blocks.mlstm import capturing
 from student.model import DistilXLSTM, StudentConfig
 
 KINDS = ["slstm", "mlstm"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student.batch import IGNORE
+from student.data.batch import IGNORE
 from student.losses.fused import Head, TailDraws, TeacherTopK, fused_kd_sums
 from student.losses.sparse_kd import Divergence, cross_entropy, kl_renormalised, kl_sampled
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from student.batch import IGNORE
+from student.data.batch import IGNORE
 from student.losses.fused import Head, TailDraws, TeacherTopK, _after_head, _before_head, _chunk
 from student.losses.fused_triton import kd_rows_
 from student.losses.sparse_kd import Divergence

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from xlstm.blocks.mlstm.backends import parallel_stabilized_simple
 
-from student.implicit_attention import dense_implicit_attention, pool_dense, pooled_implicit_attention
+from student.blocks.implicit_attention import dense_implicit_attention, pool_dense, pooled_implicit_attention
 
 
 def cell_inputs(length: int, dtype: torch.dtype, forget_bias: float = 2.0, seed: int = 0) -> list[Tensor]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from student.implicit_attention import dense_implicit_attention, pool_dense, pooled_implicit_attention
-from student.implicit_attention_triton import pooled_by_kernels, takes
+from student.blocks.implicit_attention import dense_implicit_attention, pool_dense, pooled_implicit_attention
+from student.blocks.implicit_attention_triton import pooled_by_kernels, takes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the interpreter cannot multiply bfloat16

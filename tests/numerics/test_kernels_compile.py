@@ -39,9 +39,9 @@ def compile_only(self, *args, grid, warmup, **kwargs):
     return kernel
 jit.JITFunction.run = compile_only
 
-from student.implicit_attention_triton import pooled_by_kernels
+from student.blocks.implicit_attention_triton import pooled_by_kernels
 from student.losses.fused_triton import kd_rows_
-from student.slstm_triton import slstm_recurrence
+from student.blocks.slstm_triton import slstm_recurrence
 
 batch, heads, width = (int(word) for word in sys.argv[1:4])
 dtype = getattr(torch, sys.argv[4])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from student.batch import IGNORE
+from student.data.batch import IGNORE
 from student.losses.attention import attention_alignment, depth_overlap, prepare_map
 from student.losses.frobenius import frobenius, require_hidden
 from student.losses.fused import Head, TeacherTopK, fused_kd_sums

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.online import full_kd_sums
-from student.batch import IGNORE
-from student.hugging_face import CausalLM
+from student.data.batch import IGNORE
+from student.evaluation.hugging_face import CausalLM
 from student.losses.fused import Head, TeacherTopK, fused_kd_sums
 
 N, D, V = 23, 12, 31

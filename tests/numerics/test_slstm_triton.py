@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from student.slstm import slstm_scan
-from student.slstm_triton import slstm_recurrence
+from student.blocks.slstm import slstm_scan
+from student.blocks.slstm_triton import slstm_recurrence
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -11,9 +11,9 @@ from helpers_student import toy_teacher
 from helpers_transformer import dense_block, shape_of, student_of
 from torch import Tensor
 
-from student.implicit_attention import pool_dense
+from student.blocks.implicit_attention import pool_dense
+from student.blocks.transformer_block import TransformerBlock
 from student.model import DistilXLSTM
-from student.transformer_block import TransformerBlock
 
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped": {},

@@ -20,10 +20,9 @@ from torch import Tensor
 from pipeline.commit import read_json
 from pipeline.errors import run_command
 from student import attention_distance as command
-from student.attention_baselines import fit, own_block_map, previous_block_map, recency_map, uniform_map
-from student.checkpoint import load_student
-from student.implicit_attention import pool_dense
-from student.map_distances import (
+from student.blocks.implicit_attention import pool_dense
+from student.evaluation.attention_baselines import fit, own_block_map, previous_block_map, recency_map, uniform_map
+from student.evaluation.map_distances import (
     compared_rows,
     group_weights,
     jensen_shannon,
@@ -32,6 +31,7 @@ from student.map_distances import (
     total_variation,
 )
 from student.model import StudentConfig
+from student.runs.checkpoint import load_student
 
 
 def pooled(A_TT: Tensor, block: int) -> Tensor:

@@ -32,7 +32,7 @@ from pipeline.errors import UserError
 from pipeline.row_checks import GroupCheck
 from pipeline.schema import CacheSpec
 from pipeline.shard import Columns
-from student.data import CacheDataModule
+from student.data.loader import CacheDataModule
 from student.generate import generate
 from student.losses.fused import Head, TeacherTopK, fused_kd_sums
 from student.losses.sparse_kd import log_tail_at

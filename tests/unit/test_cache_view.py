@@ -20,9 +20,9 @@ import student.__main__ as command
 from pipeline.cache import Cache
 from pipeline.errors import UserError
 from pipeline.shard import ShardFile
-from student.batch import Batch
-from student.cache_view import CacheView, tail_with
-from student.data import CacheDataModule, SplitLoader
+from student.data.batch import Batch
+from student.data.cache_view import CacheView, tail_with
+from student.data.loader import CacheDataModule, SplitLoader
 from student.evaluate import EvaluateOptions, evaluate
 from student.losses.frobenius import pool_windows
 

@@ -31,8 +31,8 @@ from pipeline.estimate import estimate
 from pipeline.estimate_plan import CORPUS_DEFAULTS, DUMP_DEFAULTS, DUMP_FIELDS, Options
 from pipeline.index import ShardEntries
 from pipeline.schema import CacheSpec
-from student.order import RowGroups, epoch_rows
-from student.ranks import share_of
+from student.data.order import RowGroups, epoch_rows
+from student.training.ranks import share_of
 from teacher_dump.corpus import CorpusConfig
 from teacher_dump.settings import DumpConfig
 

@@ -20,10 +20,10 @@ from pipeline.cache import Cache
 from pipeline.commit import read_json
 from pipeline.errors import UserError, run_command
 from student import evaluate as command
-from student.batch import IGNORE, Batch
-from student.checkpoint import load_student
-from student.data import SplitLoader
-from student.metrics import Positions, position_bins, unigram_log_probabilities
+from student.data.batch import IGNORE, Batch
+from student.data.loader import SplitLoader
+from student.evaluation.metrics import Positions, position_bins, unigram_log_probabilities
+from student.runs.checkpoint import load_student
 
 
 @pytest.fixture(scope="module", params=["stream", "document"])
@@ -103,7 +103,7 @@ class Table:
 
 def test_full_kl_is_over_the_whole_vocabulary(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     run, cache = folders
-    monkeypatch.setattr("student.device.CPU_ROWS", 10)  # several chunks of a batch
+    monkeypatch.setattr("student.evaluation.device.CPU_ROWS", 10)  # several chunks of a batch
     batch = whole(cache)
     logits_BTV = torch.from_numpy(toy_logits(cache, "heldout", 0))
     options = command.EvaluateOptions(str(run), str(cache), batch_rows=3, full_kl=True, out="full")

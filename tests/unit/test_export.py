@@ -26,11 +26,11 @@ from safetensors.torch import load_file
 from pipeline.commit import commit_json, file_sha256, read_json
 from pipeline.errors import UserError, run_command
 from pipeline.licences import in_folder
-from student.checkpoint import load_student
 from student.evaluate import EvaluateOptions, evaluate
 from student.export import CODE, HERE, ExportOptions, export, main
 from student.generate import encode_prompt, generate
 from student.model import StudentConfig
+from student.runs.checkpoint import load_student
 
 PROMPTS = ["the history of science is", "the"]
 ISOLATED = """
@@ -283,10 +283,10 @@ def test_what_the_student_itself_rounds_off_is_allowed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where activations are large, float32 leaves more than usual, of the student as of what is exported."""
-    monkeypatch.setattr("student.export_weights.MOST_DEVIATION", 0.0)
+    monkeypatch.setattr("student.exporting.weights.MOST_DEVIATION", 0.0)
     done = export(ExportOptions(run, tmp_path / "out"))
     assert 0 < done.deviation < 1e-5
-    monkeypatch.setattr("student.export_weights.rounding", lambda student: done.deviation / 100)
+    monkeypatch.setattr("student.exporting.weights.rounding", lambda student: done.deviation / 100)
     with pytest.raises(UserError, match="differ from the student's by"):
         export(ExportOptions(run, tmp_path / "again"))
 

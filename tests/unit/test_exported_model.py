@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from student.export_weights import MOST_DEVIATION, deviation, exported_config, exported_model, exported_tensors
+from student.exporting.huggingface.modeling_distil_xlstm import DistilXLSTMCache, DistilXLSTMForCausalLM
+from student.exporting.weights import MOST_DEVIATION, deviation, exported_config, exported_model, exported_tensors
 from student.generate import generate
-from student.huggingface.modeling_distil_xlstm import DistilXLSTMCache, DistilXLSTMForCausalLM
 from student.model import DistilXLSTM, StudentConfig
 
 V = 97

@@ -36,14 +36,14 @@ from transformers import (
 import student.__main__ as training
 from pipeline.commit import read_json
 from pipeline.errors import UserError, run_command
-from student.attention_transfer import PARTS, attentions, mixer_parameters, transfer, transfer_losses
-from student.checkpoint import load_student
 from student.evaluate import EvaluateOptions, evaluate
 from student.export import ExportOptions, export
 from student.from_teacher import FromTeacherOptions, from_teacher, main, read_student
 from student.generate import main as generate_main
 from student.model import DistilXLSTM, StudentConfig
-from student.teacher_weights import (
+from student.runs.checkpoint import load_student
+from student.transfer.attention_transfer import PARTS, attentions, mixer_parameters, transfer, transfer_losses
+from student.transfer.teacher_weights import (
     check_same_function,
     copy_teacher_weights,
     decoder_layers,

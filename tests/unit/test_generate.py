@@ -12,9 +12,9 @@ from helpers_cache import write_toy_teacher
 from helpers_student import save_checkpoint, toy_teacher
 
 from pipeline.errors import UserError, run_command
-from student.checkpoint import RunRecord, load_student
 from student.generate import encode_prompt, generate, main, sample, stream_text
 from student.model import DistilXLSTM, StudentConfig
+from student.runs.checkpoint import RunRecord, load_student
 
 CONFIG = StudentConfig(blocks=2, heads=4)
 

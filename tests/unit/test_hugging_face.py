@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from student.evaluate import EvaluateOptions, load_teacher
-from student.hugging_face import CausalLM, load_causal_lm
+from student.evaluation.hugging_face import CausalLM, load_causal_lm
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,

@@ -23,8 +23,8 @@ from pipeline.errors import UserError
 from pipeline.index import ShardEntry
 from pipeline.prefetch import ahead
 from pipeline.shard import DamagedShard, ShardFile
-from student.batch import IGNORE, Batch
-from student.data import CacheDataModule, SplitLoader, TrainLoader
+from student.data.batch import IGNORE, Batch
+from student.data.loader import CacheDataModule, SplitLoader, TrainLoader
 
 ROWS, UNITS, LENGTH = 7, 4, 32
 

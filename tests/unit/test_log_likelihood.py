@@ -16,8 +16,8 @@ from helpers_teacher import make_teacher
 from torch import Tensor
 
 from pipeline.errors import UserError
-from student.language_model import LanguageModel, hugging_face, student_of
-from student.log_likelihood import Request, as_request, encode_pair, log_likelihoods, padded_length
+from student.evaluation.language_model import LanguageModel, hugging_face, student_of
+from student.evaluation.log_likelihood import Request, as_request, encode_pair, log_likelihoods, padded_length
 
 CPU = torch.device("cpu")
 PAIRS = [
@@ -57,7 +57,7 @@ def alone(model: LanguageModel, context: str, continuation: str) -> tuple[float,
 def test_batches_score_as_one_text_at_a_time(
     model: LanguageModel, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("student.device.CPU_ROWS", 5)
+    monkeypatch.setattr("student.evaluation.device.CPU_ROWS", 5)
     requests = [as_request(model, *pair) for pair in PAIRS]
     found = dict(log_likelihoods(model, requests, batch_tokens))
     assert sorted(found) == list(range(len(PAIRS)))

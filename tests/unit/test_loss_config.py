@@ -14,12 +14,12 @@ from lightning import Trainer
 
 import student.__main__ as command
 from pipeline.errors import UserError
-from student.batch import Batch
-from student.data import CacheDataModule
-from student.loss_config import LossConfig
+from student.data.batch import Batch
+from student.data.loader import CacheDataModule
 from student.losses.sparse_kd import Divergence, cross_entropy, kl_k1, kl_renormalised, kl_sampled, log_tail_at
 from student.model import StudentConfig
-from student.module import KL_METRIC, DistillModule, OptimizerConfig
+from student.training.loss_config import LossConfig
+from student.training.module import KL_METRIC, DistillModule, OptimizerConfig
 
 KINDS: tuple[Divergence, ...] = ("tail", "renormalised", "sampled")
 

@@ -29,7 +29,7 @@ NOISE = 150.0
 """Bytes a shard that pages and allocators may add: 2.7 MB."""
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["benchmarks.many_shards_cases", "student.data", "teacher_dump.pending"])
+SERVER.set_forkserver_preload(["benchmarks.many_shards_cases", "student.data.loader", "teacher_dump.pending"])
 
 
 def grown(name: str, path: str, answer: multiprocessing.SimpleQueue[float]) -> None:

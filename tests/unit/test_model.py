@@ -15,11 +15,11 @@ from xlstm.blocks.mlstm.backends import parallel_stabilized_simple
 from xlstm.blocks.slstm.cell import sLSTMCell_cuda, sLSTMCell_vanilla
 
 from pipeline.errors import UserError
-from student import mlstm
-from student.implicit_attention import dense_implicit_attention, pool_dense
-from student.mlstm import mlstm_chunkwise
+from student.blocks import mlstm
+from student.blocks.implicit_attention import dense_implicit_attention, pool_dense
+from student.blocks.mlstm import mlstm_chunkwise
+from student.blocks.slstm import ScanCell, cuda_layout, vanilla_layout
 from student.model import DistilXLSTM, StudentConfig
-from student.slstm import ScanCell, cuda_layout, vanilla_layout
 
 SMALL = StudentConfig(blocks=4, heads=4)
 

@@ -18,14 +18,14 @@ from lightning import Callback, Trainer
 
 import student.__main__ as command
 from pipeline.errors import UserError, run_command
-from student.batch import Batch
-from student.checkpoint import load_student
-from student.data import CacheDataModule
+from student.data.batch import Batch
+from student.data.loader import CacheDataModule
 from student.losses.attention import attention_alignment
 from student.losses.frobenius import frobenius
 from student.losses.sparse_kd import cross_entropy, kl_k1, log_tail_at
 from student.model import StudentConfig
-from student.module import DistillModule, LossConfig, OptimizerConfig
+from student.runs.checkpoint import load_student
+from student.training.module import DistillModule, LossConfig, OptimizerConfig
 
 STUDENTS = Path(__file__).parents[2] / "manifests" / "students"
 

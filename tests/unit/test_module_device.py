@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 
 import student.__main__ as command
 from student.losses.attention import attention_alignment
-from student.module import DistillModule
+from student.training.module import DistillModule
 
 
 @pytest.fixture(scope="module")

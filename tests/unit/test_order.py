@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pipeline.index import ShardEntries, ShardEntry
-from student import order
-from student.order import RowGroups, epoch_rows, group_order
+from student.data import order
+from student.data.order import RowGroups, epoch_rows, group_order
 
 
 def groups(rows: list[int], size: int) -> RowGroups:

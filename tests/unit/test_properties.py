@@ -28,7 +28,7 @@ from pipeline.errors import UserError
 from pipeline.manifest import Manifest, create_or_match
 from pipeline.schema import HELDOUT_UNIT, SCHEMA_MAJOR, CacheSpec
 from pipeline.shard import commit_shard
-from student.identity import RunCache
+from student.runs.identity import RunCache
 from teacher_dump.columns import ShardStatistics, row_groups
 from teacher_dump.corpus import CorpusConfig, Document, describe_corpus
 from teacher_dump.packing import PackingCount, pack

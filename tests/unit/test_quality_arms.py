@@ -15,8 +15,8 @@ from benchmarks.quality.trial import Trial
 from pipeline.config import parse_into
 from pipeline.errors import UserError
 from student.__main__ import main as train
-from student.cache_view import CacheView
-from student.loss_config import LossConfig
+from student.data.cache_view import CacheView
+from student.training.loss_config import LossConfig
 from teacher_dump.settings import DumpConfig
 
 ARMS = load_arms()

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -26,16 +27,17 @@ from benchmarks.quality.__main__ import main, trials_of, write_answer
 from benchmarks.quality.arms import BUDGETS, load_arms
 from benchmarks.quality.pool import Clock, caches_of, known_seconds
 from benchmarks.quality.results import RowFile, curves_of
+from benchmarks.quality.tables import attention_table, zero_shot_table
 from benchmarks.quality.trial import Lab, RememberedTeacher, Trial
 from pipeline.cache import Cache
 from pipeline.commit import commit_json, read_json
 from pipeline.errors import UserError
 from student.__main__ import main as train
-from student.data import SplitLoader
+from student.data.loader import SplitLoader
 from student.from_teacher import read_student
 from student.model import StudentConfig
-from student.module import DistillModule
-from student.run_folder import ORIGIN, steps_done
+from student.runs.run_folder import ORIGIN, steps_done
+from student.training.module import DistillModule
 
 VOCAB, WIDTH, LENGTH = 61, 288, 32  # the 9 heads of the experiments' student divide the widths
 STEPS, ROWS = 2, 2
@@ -125,6 +127,30 @@ def test_a_trial_becomes_a_row(scratch: Path, tmp_path: Path) -> None:
     assert again["heldout"] == row["heldout"]  # nothing of a run is left in the process
     assert other["heldout"]["ce"] != row["heldout"]["ce"]
     assert not (tmp_path / "delta-1").exists()
+
+
+def test_further_judges(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention from the run's own maps; zero-shot tasks of the student, and of the teacher once a process."""
+    asked: list[str] = []
+
+    def zero_shot_figures(out: Path, documents: int, **model: str) -> dict[str, Any]:
+        asked.extend(model)
+        return {"documents": documents, "chance": {"sciq": 0.25}, "tasks": {"sciq": {"measure": "acc", "acc": 0.5}}}
+
+    monkeypatch.setattr("benchmarks.quality.trial.zero_shot_figures", zero_shot_figures)
+    lab = Lab(Table(scratch / "caches" / "small" / "experiment"))
+    rows = []
+    for seed in (0, 1):
+        judged = replace(trial(scratch, tmp_path / "runs", "delta", seed), judges=("zero_shot", "attention"))
+        rows.append(lab.run(judged)["row"])
+    json.dumps(rows, allow_nan=False)
+    assert asked == ["run", "teacher", "run"]
+    assert (tmp_path / "pictures" / "attention-delta-0.png").stat().st_size > 0
+    (line,) = attention_table(rows, "small")
+    assert (line["arm"], line["seeds"]) == ("delta", 2)
+    assert all(0 < float(line[name]) < 1 for name in ("student", "untrained", "recency", "uniform, no sink"))
+    first, student, chance = zero_shot_table(rows, "small")
+    assert (first["arm"], student["arm"], chance["sciq"]) == ("teacher", "delta", "25.0") and student["sciq"] == "50.0"
 
 
 @pytest.mark.parametrize("arm", ["ce", "paper", "frobenius-w16", "renormalised-k8", "tail-k8", "attention-signed-drop"])

@@ -14,13 +14,13 @@ from lightning import Trainer
 from pipeline import schema
 from pipeline.cache import Cache
 from pipeline.errors import UserError
-from student.batch import IGNORE
-from student.data import CacheDataModule, SplitLoader, TrainLoader
+from student.data.batch import IGNORE
+from student.data.loader import CacheDataModule, SplitLoader, TrainLoader
 from student.losses.attention import attention_alignment
 from student.model import StudentConfig
-from student.module import DistillModule, LossConfig, OptimizerConfig
-from student.ranks import Launch, launched, require_equal_shares, share_of, trainer_options
-from student.sharding import ShardedStrategy, strategy_of
+from student.training.module import DistillModule, LossConfig, OptimizerConfig
+from student.training.ranks import Launch, launched, require_equal_shares, share_of, trainer_options
+from student.training.sharding import ShardedStrategy, strategy_of
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3", "GROUP_WORLD_SIZE": "2"}
 SRUN = slurm(rank=3, nodes=2, per_node=4, port=1)

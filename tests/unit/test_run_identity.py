@@ -20,11 +20,11 @@ from pipeline.commit import commit_json, read_json
 from pipeline.errors import UserError
 from pipeline.manifest import identity, read_manifest
 from pipeline.schema import HELDOUT_UNIT, SCHEMA_MAJOR
-from student.checkpoint import load_student
-from student.data import CacheDataModule
+from student.data.loader import CacheDataModule
 from student.evaluate import EvaluateOptions, evaluate
 from student.generate import main as generate
-from student.identity import RunCache, name_units
+from student.runs.checkpoint import load_student
+from student.runs.identity import RunCache, name_units
 
 SIZES: dict[str, Any] = {"rows": 8, "length": 32, "block": 8, "window": 4}
 

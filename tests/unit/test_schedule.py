@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from student.schedule import DeltaSchedule, StepCounter
+from student.training.schedule import DeltaSchedule, StepCounter
 
 
 def test_starts_at_its_start_and_falls_towards_its_end() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from student.seal import COMMENT_BYTES, DamagedCheckpoint, check_seal, seal
+from student.runs.seal import COMMENT_BYTES, DamagedCheckpoint, check_seal, seal
 
 
 @pytest.fixture

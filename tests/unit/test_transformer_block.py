@@ -20,11 +20,11 @@ from torch import Tensor
 from pipeline.cache import Cache
 from pipeline.commit import commit_json, read_json
 from pipeline.errors import UserError
-from student.checkpoint import RunRecord, load_student
 from student.evaluate import EvaluateOptions, evaluate
 from student.generate import generate
 from student.model import DistilXLSTM, StudentConfig, check_shape
-from student.module import decays
+from student.runs.checkpoint import RunRecord, load_student
+from student.training.module import decays
 
 SHAPES: dict[str, dict[str, Any]] = {
     "softmax": {},

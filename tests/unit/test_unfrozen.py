@@ -21,14 +21,14 @@ from torch.nn import functional as F
 import student.__main__ as command
 from pipeline.commit import commit_json, read_json
 from pipeline.errors import UserError
-from student.checkpoint import RunRecord, load_student
 from student.evaluate import EvaluateOptions, evaluate
 from student.export import ExportOptions, export
-from student.export_weights import deviation, exported_config, exported_model, exported_tensors
+from student.exporting.weights import deviation, exported_config, exported_model, exported_tensors
 from student.generate import main as generate
 from student.losses.fused import Head, TeacherTopK, fused_kd_sums
 from student.model import DistilXLSTM, StudentConfig
-from student.module import decays
+from student.runs.checkpoint import RunRecord, load_student
+from student.training.module import decays
 
 SMALL = StudentConfig(blocks=2, heads=4)
 EMBEDDING, HEAD = {"train_embedding": True}, {"train_head": True}

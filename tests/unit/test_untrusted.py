@@ -35,7 +35,7 @@ from pipeline.schema import MOST_GROUP_BYTES, MOST_ROW_BYTES
 from pipeline.shard import DamagedShard, read_record
 from pipeline.teacher_folder import TeacherFolder
 from pipeline.verify import verify_cache
-from student.data import SplitLoader
+from student.data.loader import SplitLoader
 from student.model import StudentConfig, check_shape
 from teacher_dump.corpus_files import SourceFile
 
@@ -439,7 +439,7 @@ def test_arrays_that_claim_more_than_there_is(tmp_path: Path) -> None:
 MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 REVIEWED = {
     ("teacher_dump/ray_engine.py", "pickle.loads"),
-    ("student/hugging_face.py", "AutoModelForCausalLM.from_pretrained"),
+    ("student/evaluation/hugging_face.py", "AutoModelForCausalLM.from_pretrained"),
 }
 """What a driver of ours has just pickled for its own worker; code of a model where the user says --trust_remote_code
 (tests/unit/test_hugging_face.py)."""

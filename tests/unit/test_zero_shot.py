@@ -21,9 +21,9 @@ from helpers_teacher import make_teacher
 from pipeline.commit import read_json
 from pipeline.errors import UserError, run_command
 from student import zero_shot as command
-from student import zero_shot_tasks as tasks
-from student.language_model import student_of
-from student.log_likelihood import Scored, encode_pair
+from student.evaluation import zero_shot_tasks as tasks
+from student.evaluation.language_model import student_of
+from student.evaluation.log_likelihood import Scored, encode_pair
 
 DOCUMENTS = {
     "lambada": [

@@ -1,0 +1,1 @@
+"""What the evaluating commands share: language models, metrics, tasks, distances of attention maps."""

@@ -1,0 +1,1 @@
+"""Around a training step: the loss put together, schedules, ranks, callbacks, what stops a run."""
