@@ -22,7 +22,9 @@ from student.data.batch import IGNORE, Batch
 from student.data.group_reader import to_batch
 from student.losses.attention import attention_alignment
 from student.model import DistilXLSTM, StudentConfig
-from student.training.module import DistillModule, LossConfig, OptimizerConfig
+from student.training.loss_config import LossConfig
+from student.training.module import DistillModule
+from student.training.optimizer import OptimizerConfig
 
 PRESETS = Path("manifests/students")  # benchmarks run from the repository's root
 LOSS_PRESET = "fast"

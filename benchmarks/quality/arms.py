@@ -40,6 +40,10 @@ LONG_CACHE = "experiment-long"
 """The text of `HELDOUT_CACHE` in longer rows, which arms with `long` are judged by as well."""
 
 
+REVISION = 2
+"""Raised when the code changes what arms come to: figures of before count as missing. 2: first weights drawn on a CPU."""
+
+
 @dataclass(frozen=True)
 class Question:
     """A table: what it asks, and the arm whose figures the others' are taken from."""
@@ -130,7 +134,7 @@ class Arm:
             dump.pop(unimportant, None)
         student = {**self._student_files(), **self.options(budget)}
         judged = [_read(DUMPS / f"{name}.yaml") for name in (HELDOUT_CACHE, OTHER_CACHE)]
-        what = [student, dump, judged, budget.shards, budget.dump, self.start, self.teacher_in_loop]
+        what = [REVISION, student, dump, judged, budget.shards, budget.dump, self.start, self.teacher_in_loop]
         # Only where they are used: figures of arms without them stay what they were.
         phases: dict[str, Any] = {"share": self.share} if self.share != 1 else {}
         phases |= {"before": self.before.settings(budget)} if self.before is not None else {}

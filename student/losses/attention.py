@@ -21,7 +21,6 @@ Legend: B rows, G depth groups, n = T/b blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -57,6 +56,13 @@ def prepare_map(map_Bnn: Tensor, sign: Sign, sinks: Sinks, normalise_rows: bool)
     return prepared_Bnn
 
 
+def compared_blocks(length_B: Tensor, n: int, pool_block: int, sinks: Sinks = "keep") -> Tensor:
+    """bool (B, n): the query blocks whose rows of a map are compared."""
+    first_I = torch.arange(n, device=length_B.device)
+    valid_Bn = (first_I[None, :] + 1) * pool_block <= length_B[:, None]
+    return valid_Bn & (first_I > 0) if sinks == "drop" else valid_Bn
+
+
 def attention_alignment(
     maps: dict[int, Tensor],
     attn_map_BGnn: Tensor,
@@ -66,7 +72,7 @@ def attention_alignment(
     sign: Sign = "signed",
     sinks: Sinks = "keep",
     normalise_rows: bool = True,
-    mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    count: Tensor | None = None,
 ) -> Tensor:
     """L_A: mean over the student's mLSTM blocks of the distance to the teacher's groups at the same depth.
 
@@ -76,20 +82,14 @@ def attention_alignment(
         length_B: valid tokens a row.
         pool_block: b, tokens per block.
         blocks: N, all blocks of the student, sLSTM included: they set the depth of a block.
-        mean_over_ranks: of the number of compared rows of blocks, where a batch is spread over ranks: the mean of their
-            L_A is then that of the whole batch.
+        count: what sums are divided by; None: the number of `compared_blocks`. Where a batch is spread over ranks, the
+            mean of their numbers: the mean of their L_A is then that of the whole batch.
     """
     if not maps:
         raise ValueError("attention alignment needs at least one mLSTM block")
     n, groups = attn_map_BGnn.shape[-1], attn_map_BGnn.shape[1]
-    first_I = torch.arange(n, device=length_B.device)
-    valid_Bn = (first_I[None, :] + 1) * pool_block <= length_B[:, None]
-    if sinks == "drop":
-        valid_Bn = valid_Bn & (first_I > 0)
-    count = valid_Bn.sum()
-    if mean_over_ranks is not None:
-        count = mean_over_ranks(count)
-    count = count.clamp_min(1)
+    valid_Bn = compared_blocks(length_B, n, pool_block, sinks)
+    count = (valid_Bn.sum() if count is None else count).clamp_min(1)
     terms = []
     for block, map_Bnn in sorted(maps.items()):
         # Weights as numbers: a tensor of them would have to be copied to a GPU, and autocast would round the product.

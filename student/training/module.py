@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -24,17 +25,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import UserError
 from student.blocks.graphed import record
-from student.blocks.transformer_block import FEATURE_MAPS
 from student.data.batch import IGNORE, Batch
-from student.losses.attention import attention_alignment
+from student.losses.attention import attention_alignment, compared_blocks
 from student.losses.frobenius import frobenius
 from student.losses.fused import Head, KDSums, TailDraws, TeacherTopK, fused_kd_sums
 from student.losses.sparse_kd import Divergence, log_tail_at
-from student.model import VOCABULARY, DistilXLSTM, StudentConfig
+from student.model import DistilXLSTM, StudentConfig
 from student.runs.identity import Teaching, require_same_teacher
 from student.training.finite import FiniteWatch
 from student.training.loss_config import LossConfig
-from student.training.ranks import over_ranks
+from student.training.optimizer import OptimizerConfig, decays
+from student.training.ranks import over_ranks, start_sum
 from student.training.schedule import StepCounter
 from student.training.sharding import ShardedStrategy, shard, whole
 
@@ -64,31 +65,6 @@ KL_METRIC: dict[Divergence, str] = {
 }
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine."""
-
-    lr: float = 2e-4
-    """Peak learning rate."""
-    weight_decay: float = 0.01
-    """Decay of matrices; vectors (norms, biases, gates), feature maps, which begin as scaled identities, and a trained
-    embedding or head are never decayed."""
-    warmup_fraction: float = 0.1
-    """Share of all steps in which the rate rises from 0 to its peak."""
-    min_lr_fraction: float = 0.0
-    """Share of the peak at which the cosine ends."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's moments."""
-
-    def factor(self, step: int, total: int) -> float:
-        """Share of the peak rate for the step that follows `step` steps of `total`."""
-        warmup = max(1, round(self.warmup_fraction * total))
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return self.min_lr_fraction + (1 - self.min_lr_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 class DistillModule(LightningModule):
     """The student and how it is trained.
 
@@ -115,6 +91,8 @@ class DistillModule(LightningModule):
         self._tokens, self._since = 0, time.perf_counter()
         self._heldout: list[Tensor] = []
         self._batch_ids: list[int] = []
+        self._terms: dict[str, Tensor] = {}
+        self._schedule = 0.0, 0.0
         self._watch = FiniteWatch()
         self._norm: Tensor = torch.zeros(())
 
@@ -202,17 +180,14 @@ class DistillModule(LightningModule):
         self.counter.step()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of a batch; logs every term without its coefficient.
-
-        Raises:
-            UserError: the loss or (before the step) a gradient is not finite; names the batch's sequences.
-        """
+        """The loss of a batch; every term without its coefficient is logged after the backward pass."""
         config = self.loss
         alpha = config.alpha().at(self.counter.epoch, self.counter.k)
         tau = config.tau().at(self.counter.epoch, self.counter.k)
         self._batch_ids = batch.sequence_id_B.tolist()
+        counted = self._start_counts(batch)
         h_BTD, maps = self._forward(batch, with_maps=config.gamma > 0)
-        count = self._mean_over_ranks((batch.target_BT != IGNORE).sum()).clamp_min(1)
+        count, compared = counted()
         weight_ce = max(0.0, 1 - alpha - config.beta)  # rounding
         sums = self._kd(batch, h_BTD, weight_ce, alpha * tau**2, tau, config.kl)
         loss = sums.total / count
@@ -236,18 +211,29 @@ class DistillModule(LightningModule):
                 config.attention_sign,
                 config.attention_sinks,
                 config.attention_normalise_rows,
-                self._mean_over_ranks,
+                compared,
             )
             loss = loss + config.gamma * term
             logged["train/attention"] = term.detach()
-        logged = self._of_all_ranks({**logged, "train/loss": loss.detach()})
+        self._terms, self._schedule = {**logged, "train/loss": loss.detach()}, (alpha, tau)
+        return loss
+
+    def on_after_backward(self) -> None:
+        """Log, and look at the loss.
+
+        Here, where the gradients' sum has brought the ranks together: before it, they would wait for the slowest twice.
+
+        Raises:
+            UserError: the loss of a batch was not finite; names its sequences.
+        """
+        logged = self._of_all_ranks(self._terms)
         # Of all ranks: where one's is not finite, all stop, and none waits for another.
         self._watch.loss(self._seen(logged["train/loss"]), self.trainer.global_step, self._batch_ids)
-        # Never with prog_bar: Lightning reads what the bar is to show at every step, and the host waits for it.
+        alpha, tau = self._schedule
         logged |= {"alpha": _on_host(alpha), "tau": _on_host(tau)}
         logged["lr"] = _on_host(self.trainer.optimizers[0].param_groups[0]["lr"])
+        # Never with prog_bar: Lightning reads what the bar is to show at every step, and the host waits for it.
         self.log_dict(logged)
-        return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
@@ -351,11 +337,24 @@ class DistillModule(LightningModule):
             kl=kl,
         )
 
-    def _mean_over_ranks(self, count: Tensor) -> Tensor:
-        """Lightning averages gradients over ranks: dividing sums by the mean count averages over all ranks' targets."""
-        if self.trainer.world_size == 1:
-            return count.float()
-        return over_ranks(count.float()) / self.trainer.world_size
+    def _start_counts(self, batch: Batch) -> Callable[[], tuple[Tensor, Tensor | None]]:
+        """What sums over targets and over compared rows of maps are divided by: the means of the ranks' numbers.
+
+        Lightning averages gradients over ranks; dividing by such a mean averages over the targets of all of them.
+        """
+        numbers = [(batch.target_BT != IGNORE).sum()]
+        if self.loss.gamma > 0:
+            assert batch.attn_map_BGnn is not None
+            n = batch.attn_map_BGnn.shape[-1]
+            block = batch.input_ids_BT.shape[1] // n
+            numbers.append(compared_blocks(batch.length_B, n, block, self.loss.attention_sinks).sum())
+        finish, ranks = start_sum(torch.stack(numbers).float()), self.trainer.world_size
+
+        def means() -> tuple[Tensor, Tensor | None]:
+            targets, *compared = (finish() / ranks).unbind()
+            return targets.clamp_min(1), compared[0] if compared else None
+
+        return means
 
     def _seen(self, value: Tensor) -> Tensor:
         """As `FiniteWatch` wants it: only a fused optimiser can be told on the device."""
@@ -364,17 +363,9 @@ class DistillModule(LightningModule):
     def _of_all_ranks(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """What is logged is the whole batch's: each rank's values are its part of it times the number of ranks."""
         if self.trainer.world_size == 1:
-            return values
+            return dict(values)
         means = over_ranks(torch.stack([value.detach().float() for value in values.values()])) / self.trainer.world_size
         return dict(zip(values, means.unbind(), strict=True))
-
-
-def decays(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter's neutral value is 0, towards which weight decay pulls.
-
-    A feature map's is not: at 0 all keys are alike. Nor is an embedding's or head's: they begin as the teacher's.
-    """
-    return parameter.ndim >= 2 and name.rpartition(".")[2] not in (*FEATURE_MAPS, *VOCABULARY)
 
 
 def _teacher(batch: Batch, tau: float, kl: Divergence | None) -> TeacherTopK:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,23 @@ def over_ranks(values: Tensor) -> Tensor:
     total = values.detach().clone()
     torch.distributed.all_reduce(total)
     return total
+
+
+def start_sum(values: Tensor) -> Callable[[], Tensor]:
+    """Begin to add up all ranks' values; what is returned gives the sum, on every rank.
+
+    Ranks meet when it is begun, while the device goes on with other work: begin long before the sum is needed.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return lambda: values
+    total = values.detach().clone()
+    work = torch.distributed.all_reduce(total, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()  # on a GPU its stream waits, not the host
+        return total
+
+    return finish
 
 
 class AnyRank:

@@ -19,7 +19,8 @@ from student.data.loader import CacheDataModule
 from student.losses.sparse_kd import Divergence, cross_entropy, kl_k1, kl_renormalised, kl_sampled, log_tail_at
 from student.model import StudentConfig
 from student.training.loss_config import LossConfig
-from student.training.module import KL_METRIC, DistillModule, OptimizerConfig
+from student.training.module import KL_METRIC, DistillModule
+from student.training.optimizer import OptimizerConfig
 
 KINDS: tuple[Divergence, ...] = ("tail", "renormalised", "sampled")
 
@@ -68,6 +69,7 @@ def test_the_loss_is_the_mix_of_its_terms(cache: Path, kl: Divergence) -> None:
     module.log_dict = logged.update  # type: ignore[method-assign, assignment]
     module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign, assignment]
     found = module.training_step(batch, 0)
+    module.on_after_backward()
 
     assert module.model is not None and (batch.tail_ids_BTM is not None) == (kl == "sampled")
     logits_NV = module.model.logits(module.model(batch.input_ids_BT).h_BTD.flatten(0, 1))

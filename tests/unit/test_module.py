@@ -25,7 +25,9 @@ from student.losses.frobenius import frobenius
 from student.losses.sparse_kd import cross_entropy, kl_k1, log_tail_at
 from student.model import StudentConfig
 from student.runs.checkpoint import load_student
-from student.training.module import DistillModule, LossConfig, OptimizerConfig
+from student.training.loss_config import LossConfig
+from student.training.module import DistillModule
+from student.training.optimizer import OptimizerConfig
 
 STUDENTS = Path(__file__).parents[2] / "manifests" / "students"
 
@@ -175,6 +177,7 @@ def test_the_loss_is_its_terms_put_together(cache: Path) -> None:
     module.log_dict = logged.update  # type: ignore[method-assign, assignment]
     module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign, assignment]
     found = module.training_step(batch, 0)
+    module.on_after_backward()
 
     assert module.model is not None and batch.hidden_BWD is not None and batch.attn_map_BGnn is not None
     output = module.model(batch.input_ids_BT, map_block=8)

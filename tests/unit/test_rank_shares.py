@@ -18,7 +18,9 @@ from student.data.batch import IGNORE
 from student.data.loader import CacheDataModule, SplitLoader, TrainLoader
 from student.losses.attention import attention_alignment
 from student.model import StudentConfig
-from student.training.module import DistillModule, LossConfig, OptimizerConfig
+from student.training.loss_config import LossConfig
+from student.training.module import DistillModule
+from student.training.optimizer import OptimizerConfig
 from student.training.ranks import Launch, launched, require_equal_shares, share_of, trainer_options
 from student.training.sharding import ShardedStrategy, strategy_of
 
@@ -141,9 +143,7 @@ def test_alignment_of_padded_rows_is_the_whole_batchs() -> None:
     whole = attention_alignment({0: maps_Bnn}, teacher_BGnn, length_B, 8, 1)
     mean = torch.tensor((4 + 4 + 1 + 2) / 2)
     halves = [
-        attention_alignment(
-            {0: maps_Bnn[rows]}, teacher_BGnn[rows], length_B[rows], 8, 1, mean_over_ranks=lambda count: mean
-        )
+        attention_alignment({0: maps_Bnn[rows]}, teacher_BGnn[rows], length_B[rows], 8, 1, count=mean)
         for rows in (slice(0, 2), slice(2, 4))
     ]
     torch.testing.assert_close(torch.stack(halves).mean(), whole)

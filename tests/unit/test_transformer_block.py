@@ -24,7 +24,7 @@ from student.evaluate import EvaluateOptions, evaluate
 from student.generate import generate
 from student.model import DistilXLSTM, StudentConfig, check_shape
 from student.runs.checkpoint import RunRecord, load_student
-from student.training.module import decays
+from student.training.optimizer import decays
 
 SHAPES: dict[str, dict[str, Any]] = {
     "softmax": {},

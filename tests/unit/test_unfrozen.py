@@ -28,7 +28,7 @@ from student.generate import main as generate
 from student.losses.fused import Head, TeacherTopK, fused_kd_sums
 from student.model import DistilXLSTM, StudentConfig
 from student.runs.checkpoint import RunRecord, load_student
-from student.training.module import decays
+from student.training.optimizer import decays
 
 SMALL = StudentConfig(blocks=2, heads=4)
 EMBEDDING, HEAD = {"train_embedding": True}, {"train_head": True}
