@@ -41,7 +41,7 @@ LONG_CACHE = "experiment-long"
 
 
 REVISION = 2
-"""Raised when the code changes what arms come to: figures of before count as missing. 2: first weights drawn on a CPU."""
+"""Raised when the code changes what arms come to: figures of before count as missing. 2: weights begin as a CPU's."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ DOCS = Path("docs")
 TEMPLATE = Path(__file__).with_name("results_template.md")
 SHOWN = ("headline", "screen")
 """Budgets that the page tells of, the weightier first."""
-NOT_YET = "Nothing was measured yet.\n"
+NOT_YET = "\nNothing was measured yet.\n"
 SURE = 2.0
 """A difference is told as one if it is so many times its own noise."""
 
