@@ -71,6 +71,8 @@ class RunCheckpoint(Checkpoint):
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._former[number] = signal.signal(number, self._ask_to_stop)
+        # Lightning asks all ranks at every step whether it has caught a SIGTERM, and waits for the device's answer.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         # Lightning gives a loader its state back within an epoch only; after an epoch's end it would begin at epoch 0.
         if self._loader_state is not None:
             trainer.train_dataloader.load_state_dict(self._loader_state)  # type: ignore[union-attr]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers_cache import write_toy_cache
 from helpers_ranks import slurm
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 
 from pipeline import schema
 from pipeline.cache import Cache
@@ -18,6 +18,7 @@ from student.data.batch import IGNORE
 from student.data.loader import CacheDataModule, SplitLoader, TrainLoader
 from student.losses.attention import attention_alignment
 from student.model import StudentConfig
+from student.training.callbacks import RunCheckpoint
 from student.training.loss_config import LossConfig
 from student.training.module import DistillModule
 from student.training.optimizer import OptimizerConfig
@@ -147,6 +148,21 @@ def test_alignment_of_padded_rows_is_the_whole_batchs() -> None:
         for rows in (slice(0, 2), slice(2, 4))
     ]
     torch.testing.assert_close(torch.stack(halves).mean(), whole)
+
+
+def test_lightning_does_not_ask_all_ranks_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its question about SIGTERM, which is ours to answer, would make each GPU wait for its host."""
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    loop = trainer.fit_loop.epoch_loop
+    asked: list[str] = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_, **__: asked.append("broadcast"))
+    loop._broadcast_sigterm_tensor()
+    assert asked == ["broadcast"], "Lightning no longer asks here: RunCheckpoint.on_train_start need not prevent it"
+    checkpoints = RunCheckpoint(tmp_path, 1)
+    checkpoints.on_train_start(trainer, LightningModule())
+    loop._broadcast_sigterm_tensor()
+    checkpoints.on_train_end(trainer, LightningModule())
+    assert asked == ["broadcast"]
 
 
 def test_strategies_that_cannot_work_are_a_sentence() -> None:
