@@ -150,6 +150,13 @@ def test_rows_of_two_gpus(tmp_path: Path) -> None:
 
 
 @two_gpus
+def test_rows_of_ray_workers(tmp_path: Path) -> None:
+    """One GPU without Ray, and Ray with an engine on each of two: every number of every shard, to the bit."""
+    pytest.importorskip("ray")
+    same_bits(dump(tmp_path / "alone"), dump(tmp_path / "ray", "--ray", "local"))
+
+
+@two_gpus
 def test_tensor_parallel_rows(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """TP=2 against TP=1: another order of sums in bfloat16, so within its rounding.
 
