@@ -3,12 +3,13 @@
     python -m benchmarks.decode
     python -m benchmarks.decode --models student --contexts 65536 --batches 1
 
-The student generates as `student.generate` does (float32, one step of the recurrence a token); the Transformer has the
-teacher's shape, random bfloat16 weights, scaled_dot_product_attention and the cache of `transformers`' own `generate`.
-Both take the likeliest token. A prompt of the context's length is read first, for one row, and its state given to all
-rows; the steps after it are timed, the prompt by itself (`prefill_tokens_per_s`, one row). `state` is what is kept
-between tokens, `peak` the most memory while stepping. What does not fit is a row with the reason. Each case is a
-process; its row replaces the one that results/decode.json had.
+The student generates as `student.generate` does (float32, one step of the recurrence a token); the Transformer has
+the teacher's shape, random bfloat16 weights, scaled_dot_product_attention and the static cache of `transformers`. A
+step of either is a CUDA graph; `student_eager` and `transformer_eager` are without, that Transformer with the growing
+cache which `generate` uses by default. All take the likeliest token. A prompt of the context's length is read first,
+for one row, and its state given to all rows; the steps after it are timed, the prompt by itself
+(`prefill_tokens_per_s`, one row). `state` is what is kept between tokens, `peak` the most memory while stepping. What
+does not fit is a row with the reason. Each case is a process; its row replaces the one that results/decode.json had.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from benchmarks.decode_case import Case
 from benchmarks.measured import RESULTS, Row, device_name, merged_with, table, write_results
 from benchmarks.processes import in_own_process
 
-MODELS = ("student", "transformer")
+MODELS = ("student", "transformer", "student_eager", "transformer_eager")
 KEYS = ("model", "preset", "context", "batch")
-COLUMNS = (*KEYS, "tokens_per_s", "ms_per_step", "state_gb", "peak_gb", "prefill_tokens_per_s", "skipped")
+COLUMNS = (*KEYS, "tokens_per_s", "ms_per_step", "graph", "state_gb", "peak_gb", "prefill_tokens_per_s", "skipped")
 SMALL: dict[str, Any] = {"width": 64, "vocab": 160, "teacher_layers": 1, "heads": 4, "blocks": 2}
 """Models that a CPU runs in a second: to check the benchmark itself."""
 
 
 def to_row(case: Case, found: dict[str, Any]) -> Row:
     """What is written of one measurement; the Transformer has no preset."""
-    preset = case.preset if case.model == "student" else "-"
+    preset = case.preset if case.model.startswith("student") else "-"
     return {"model": case.model, "preset": preset, "context": case.context, "batch": case.batch, **found}
 
 

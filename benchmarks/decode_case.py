@@ -21,7 +21,8 @@ from benchmarks.processes import report
 from benchmarks.random_cache import random_facts, random_tensors
 from benchmarks.train_baselines import random_teacher_model
 from benchmarks.train_step import Case as TrainCase
-from student.model import DistilXLSTM, StudentState
+from student.decoding import Decoder, recorded
+from student.model import DistilXLSTM
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Case:
     """What is measured.
 
     Attributes:
-        model: student or transformer.
+        model: student or transformer, each a CUDA graph a step; or either with `_eager` behind it.
         context: tokens of the prompt.
         batch: rows that are continued at once.
         steps, warmup: tokens a row that are timed, and those before them.
@@ -50,6 +51,11 @@ class Case:
     heads: int = 0
     blocks: int = 0
 
+    @property
+    def graphs(self) -> bool:
+        """Whether a step is recorded as a CUDA graph."""
+        return not self.model.endswith("_eager")
+
     def shape(self) -> TrainCase:
         return TrainCase(
             "decode", self.batch, self.context, self.preset, width=self.width, vocab=self.vocab,
@@ -58,39 +64,43 @@ class Case:
 
 
 class StudentDecoder:
-    """The student as `student.generate` runs it: float32, prompt in one parallel pass, then the recurrence."""
+    """The student as `student.generate` runs it: float32, prompt in one parallel pass, then the recurrence, a step a
+    CUDA graph unless `case.graphs` is false."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         torch.manual_seed(0)
         facts, tensors = random_facts(case.vocab, case.width), random_tensors(case.vocab, case.width, device)
-        self.model = DistilXLSTM(case.shape().student(), facts, tensors, case.context).float().to(device).eval()
-        self.state: StudentState | None = None
+        model = DistilXLSTM(case.shape().student(), facts, tensors, case.context).float().to(device).eval()
+        self.decoder = Decoder(model, case.graphs)
 
     def prefill(self, ids_1T: Tensor) -> Tensor:
-        h_1D, self.state = self.model.prefill(ids_1T)
-        return self.model.logits(h_1D).argmax(-1)
+        return self.decoder.prefill(ids_1T).argmax(-1)
 
     def repeat(self, rows: int) -> None:
-        assert self.state is not None
-        self.state = StudentState(tuple(_repeated(block, rows) for block in self.state.blocks))
+        self.decoder.repeat(rows)
 
     def step(self, ids_B: Tensor) -> Tensor:
-        assert self.state is not None
-        h_BD, self.state = self.model.step(ids_B, self.state)
-        return self.model.logits(h_BD).argmax(-1)
+        return self.decoder.step(ids_B).argmax(-1)
+
+    @property
+    def graph(self) -> torch.cuda.CUDAGraph | None:
+        return self.decoder.graph
 
     def state_bytes(self) -> int:
-        assert self.state is not None
-        return self.state.bytes()
+        assert self.decoder.state is not None
+        return self.decoder.state.bytes()
 
 
 class TransformerDecoder:
-    """A Transformer of the teacher's shape: bfloat16, scaled_dot_product_attention, the cache that `generate` uses."""
+    """A Transformer of the teacher's shape: bfloat16, scaled_dot_product_attention. Eager with the cache that
+    `generate` uses by default, else with the one of a fixed length and a step a CUDA graph."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         torch.manual_seed(0)
+        self.case, self.device = case, device
         self.model = random_teacher_model(case.shape(), device)
         self.cache: Any = None
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def prefill(self, ids_1T: Tensor) -> Tensor:
         from transformers import DynamicCache
@@ -106,23 +116,51 @@ class TransformerDecoder:
     def repeat(self, rows: int) -> None:
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys.repeat(rows, 1, 1, 1), layer.values.repeat(rows, 1, 1, 1)
+        if self.case.graphs:
+            self._fix(rows)
+
+    def _fix(self, rows: int) -> None:
+        """Go on with a cache of a fixed length whose tensors stay where they are, and record a step on a GPU."""
+        from transformers import StaticCache
+
+        case = self.case
+        read, self.cache = self.cache, StaticCache(self.model.config, case.context + case.warmup + case.steps)
+        for layer, before in zip(self.cache.layers, read.layers, strict=True):
+            layer.lazy_initialization(before.keys, before.values)
+            layer.keys[:, :, : case.context], layer.values[:, :, : case.context] = before.keys, before.values
+            before.keys = before.values = None
+        self.ids_B = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self.position_11 = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        self._rewind()
+        if self.device.type == "cuda":
+            self.graph, self.next_B = recorded(self._advance, self.device)
+            self._rewind()
+
+    def _rewind(self) -> None:
+        self.position_11.fill_(self.case.context)
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.case.context)
+
+    def _advance(self) -> Tensor:
+        found = self.model(
+            input_ids=self.ids_B[:, None], past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+            position_ids=self.position_11,
+        )  # fmt: skip
+        self.position_11.add_(1)
+        next_B: Tensor = found.logits[:, -1].argmax(-1)
+        return next_B
 
     def step(self, ids_B: Tensor) -> Tensor:
-        return self.step_many(ids_B[:, None])
+        if not self.case.graphs:
+            return self.step_many(ids_B[:, None])
+        self.ids_B.copy_(ids_B)
+        if self.graph is None:
+            return self._advance()
+        self.graph.replay()
+        return self.next_B
 
     def state_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for layer in self.cache.layers for t in (layer.keys, layer.values))
-
-
-def _repeated(value: Any, rows: int) -> Any:
-    """A block's state of one row as that of many. The sLSTM's tensor has its row second, all others first."""
-    states = {}
-    for name, part in value.items():
-        if name == "slstm_state":
-            states[name] = part.repeat(1, rows, 1)
-        else:
-            states[name] = tuple(t.repeat(rows, *[1] * (t.ndim - 1)) for t in part)
-    return states
 
 
 @torch.inference_mode()
@@ -135,7 +173,8 @@ def measure(case: Case, seen: Callable[[Tensor], object] = lambda ids_B: None) -
         seen: is given the ids of every step, the prompt's own continuation first.
     """
     device = pick_device()
-    decoder = (StudentDecoder if case.model == "student" else TransformerDecoder)(case, device)
+    kind = StudentDecoder if case.model.startswith("student") else TransformerDecoder
+    decoder: StudentDecoder | TransformerDecoder = kind(case, device)
     generator = torch.Generator(device).manual_seed(0)
     prompt_1T = torch.randint(case.vocab, (1, case.context), generator=generator, device=device)
     first: list[Tensor] = []
@@ -159,6 +198,7 @@ def measure(case: Case, seen: Callable[[Tensor], object] = lambda ids_B: None) -
         "ms_per_step": seconds / case.steps * 1e3,
         "prefill_tokens_per_s": case.context / prefill,
         "state_gb": decoder.state_bytes() / 1e9,
+        "graph": decoder.graph is not None,
         **peak_gb(device),
     }
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from pipeline.config import parse_into
 from pipeline.errors import UserError, one_line, run_command
 from pipeline.teacher_folder import TeacherFolder
+from student.decoding import Decoder
 from student.evaluation.device import pick_device
 from student.model import DistilXLSTM
 from student.runs.checkpoint import load_student
@@ -105,14 +106,15 @@ def _generate(
 ) -> Iterator[int]:
     device = model.head_VD.device
     generator = torch.Generator(device).manual_seed(seed)
-    h_BD, state = model.prefill(torch.tensor([list(token_ids)], device=device))
+    decoder = Decoder(model)
+    logits_BV = decoder.prefill(torch.tensor([list(token_ids)], device=device))
     for count in range(max_new_tokens):
-        token = sample(model.logits(h_BD)[0], temperature, top_p, generator)
+        token = sample(logits_BV[0], temperature, top_p, generator)
         if token in stop_ids:
             return
         yield token
         if count + 1 < max_new_tokens:
-            h_BD, state = model.step(torch.tensor([token], device=device), state)
+            logits_BV = decoder.step(torch.tensor([token], device=device))
 
 
 def sample(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

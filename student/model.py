@@ -37,6 +37,7 @@ from student.blocks.block_forward import use_fused_forward
 from student.blocks.graphed import Blocks, GraphedBlocks
 from student.blocks.mlstm import mlstm_initial_state, mlstm_prefill, use_cell_backend
 from student.blocks.slstm import slstm_initial_state, slstm_prefill, use_scan_cell
+from student.blocks.state import StudentState
 from student.blocks.transformer_block import TransformerBlock, TransformerShape, TransformerStack, check_transformer
 
 VOCABULARY = ("embedding_VD", "untied_head_VD")
@@ -107,18 +108,6 @@ class StudentOutput:
 
     h_BTD: Tensor
     maps: dict[int, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class StudentState:
-    """The recurrent state of every block: what generation keeps instead of the text. Its size never grows."""
-
-    blocks: tuple[dict[str, Any], ...]
-
-    def bytes(self) -> int:
-        """Memory of all tensors of the state."""
-        tensors = (t for block in self.blocks for value in block.values() for t in _tensors(value))
-        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class DistilXLSTM(nn.Module):
@@ -372,7 +361,3 @@ def _prefill(block: Any, x_BTD: Tensor) -> tuple[Tensor, dict[str, Any]]:
     if isinstance(block, TransformerBlock):
         return block.prefill(x_BTD)
     return (mlstm_prefill if isinstance(block, mLSTMBlock) else slstm_prefill)(block, x_BTD)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else [t for item in value for t in _tensors(item)]

@@ -173,8 +173,12 @@ class TransformerBlock(nn.Module):
         weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         return feed_forward(x_BTD, self.ffn_norm.weight, *weights, self.eps)
 
-    def cell_inputs(self, x_BTD: Tensor, position: int) -> tuple[CellInputs, Tensor]:
-        """What the cell is given, q and k as features, v with its column of ones; and the output gate (B, T, E)."""
+    def cell_inputs(self, x_BTD: Tensor, position: int | Tensor) -> tuple[CellInputs, Tensor]:
+        """What the cell is given, q and k as features, v with its column of ones; and the output gate (B, T, E).
+
+        Args:
+            position: of the first token; a tensor on the device of x, for a single token, is not read by the host.
+        """
         # One table for all blocks of a pass; single steps, each at a position of its own, are not worth keeping.
         table = rotary if x_BTD.shape[1] == 1 else kept_rotary
         cos_Td, sin_Td = table(x_BTD.shape[1], position, self.head_width, self.rope_theta, x_BTD.device)
@@ -197,17 +201,18 @@ class TransformerBlock(nn.Module):
             new_zeros(batch, self.heads, self.features, 1),
             new_zeros(batch, self.heads, 1, 1),
         )
-        return {"mlstm_state": memory, "position": torch.zeros((), dtype=torch.int64)}
+        return {"mlstm_state": memory, "position": new_zeros((), dtype=torch.int64)}
 
     def prefill(self, x_BTD: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """The output for whole rows, and the state that `step` goes on from."""
         with capturing(self) as seen:
             y_BTD = self.forward(x_BTD)
-        return y_BTD, {"mlstm_state": final_memory(seen[0]), "position": torch.tensor(x_BTD.shape[1])}
+        position = torch.full((), x_BTD.shape[1], device=x_BTD.device)
+        return y_BTD, {"mlstm_state": final_memory(seen[0]), "position": position}
 
     def step(self, x_B1D: Tensor, mlstm_state: tuple[Tensor, ...], position: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """One token a row: (B, 1, D) -> (B, 1, D), and the next state."""
-        inputs, gate_B1E = self.cell_inputs(x_B1D, int(position))
+        inputs, gate_B1E = self.cell_inputs(x_B1D, position)
         h_BH1f, memory = recurrent_step_stabilized_simple(
             *mlstm_state, inputs.q_BHTd, inputs.k_BHTd, inputs.v_BHTd,
             inputs.igate_BHT[..., None], inputs.fgate_BHT[..., None],
@@ -225,13 +230,14 @@ class TransformerStack(nn.Module):
 
 
 def rotary(
-    length: int, first: int, width: int, theta: float, device: torch.device
+    length: int, first: int | Tensor, width: int, theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """cos and sin (T, d), float32, of positions first ... first+T-1, halves repeated as in Llama; None at theta 0."""
     if not theta:
         return None, None
     exponents = torch.arange(0, width, 2, dtype=torch.float64, device=device) / width
-    angles = torch.arange(first, first + length, dtype=torch.float64, device=device)[:, None] / theta**exponents
+    positions = torch.arange(length, dtype=torch.float64, device=device) + first
+    angles = positions[:, None] / theta**exponents
     angles_Td = torch.cat((angles, angles), -1)
     return angles_Td.cos().float(), angles_Td.sin().float()
 

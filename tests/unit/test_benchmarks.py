@@ -403,15 +403,16 @@ def test_the_students_steps_continue_as_generation_does(batch: int, monkeypatch:
     found = decode_case.measure(case, seen.append)
     decoder = decode_case.StudentDecoder(case, torch.device("cpu"))
     prompt = torch.randint(160, (1, 20), generator=torch.Generator().manual_seed(0))[0].tolist()
-    expected = list(generate(decoder.model, prompt, max_new_tokens=8, temperature=0))
+    expected = list(generate(decoder.decoder.model, prompt, max_new_tokens=8, temperature=0))
     assert torch.stack(seen).tolist() == [[token] * batch for token in expected]
     decoder.prefill(torch.tensor([prompt]))
     assert found["state_gb"] == pytest.approx(batch * decoder.state_bytes() / 1e9)
     assert found["tokens_per_s"] == pytest.approx(1000 * batch / found["ms_per_step"])
 
 
-def test_the_transformers_steps_continue_as_a_whole_pass_does() -> None:
-    case = decode_case.Case("transformer", 20, 3, steps=5, warmup=2, **decode.SMALL)
+@pytest.mark.parametrize("name", ["transformer", "transformer_eager"])
+def test_the_transformers_steps_continue_as_a_whole_pass_does(name: str) -> None:
+    case = decode_case.Case(name, 20, 3, steps=5, warmup=2, **decode.SMALL)
     seen: list[torch.Tensor] = []
     found = decode_case.measure(case, seen.append)
     ids = torch.stack(seen, 1)
