@@ -30,7 +30,7 @@ ENGINES = $(if $(GPUS),--gpus $(GPUS)) $(if $(TP),--engine.tensor_parallel $(TP)
 AGAIN = $(MAKE) --no-print-directory ARGS=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready demo test lint dump-teacher first-dump train-student eval zero-shot attention-distance generate export inspect verify card report bench experiments chaos clean student-from-teacher
+.PHONY: help setup ready demo test test-gpu lint dump-teacher first-dump train-student eval zero-shot attention-distance generate export inspect verify card report bench experiments chaos clean student-from-teacher
 
 help: ## show this
 	@echo "make TARGET [VARIABLE=value ...]"; echo
@@ -67,6 +67,9 @@ demo: ready ## a small dump, a short training, its evaluation and report
 test: lint ## lint, types and every test
 	$(PY) -m mypy pipeline teacher_dump student benchmarks
 	$(PY) -m pytest -q $(ARGS)
+
+test-gpu: ready ## the tests that need a GPU, side by side (ARGS: names of some)
+	$(PY) scripts/gpu_tests.py $(ARGS)
 
 lint: ready ## ruff: rules and format
 	$(PY) -m ruff check .
