@@ -184,12 +184,12 @@ def test_rows_made_before_there_were_phases_are_not_out_of_date() -> None:
 
 
 def json_of_settings(arm: Arm) -> list[object]:
-    """What of a row's identity comes after the budget's part."""
+    """What of a row's identity comes after the revision and the budget's part."""
     seen: list[object] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.json, "dumps", lambda what, **_: seen.append(what) or "")
         arm.settings(BUDGETS["screen"])
-    return seen[0][5:]  # type: ignore[index,no-any-return]
+    return seen[0][6:]  # type: ignore[index,no-any-return]
 
 
 def test_choosing() -> None:
