@@ -32,11 +32,6 @@ from xlstm.blocks.slstm.cell import DTYPES, sLSTMCell_vanilla, sLSTMCellConfig, 
 from student.blocks.mlstm import conv_inputs, last_inputs
 
 
-def widest_triton_head(dtype: torch.dtype) -> int:
-    """Widest head whose four recurrent matrices fit into an SM's shared memory (227 KB on Hopper)."""
-    return 128 if dtype in (torch.bfloat16, torch.float16) else 64
-
-
 class _Scan(torch.autograd.Function):
     """The recurrence with its backward written out: two plain loops, R's gradient in one product at the end."""
 
@@ -147,12 +142,13 @@ class ScanCell(sLSTMCell_vanilla):
         dtype = torch.promote_types(input.dtype, torch.float32)
         if state is None:
             state = input.new_zeros(4, batch, heads * width, dtype=dtype)
-        if input.is_cuda and length > 1 and width <= widest_triton_head(input.dtype):
-            from student.blocks.slstm_triton import slstm_recurrence
+        if input.is_cuda and length > 1:
+            from student.blocks.slstm_triton import slstm_recurrence, widest_triton_head
 
-            R_Hgd, bias_G = self._recurrent_kernel_, self._bias_.flatten()
-            y_BTHd, state = slstm_recurrence(input, R_Hgd, bias_G, state.float())
-            return y_BTHd.transpose(1, 2), state
+            if width <= widest_triton_head(input.dtype):
+                R_Hgd, bias_G = self._recurrent_kernel_, self._bias_.flatten()
+                y_BTHd, state = slstm_recurrence(input, R_Hgd, bias_G, state.float())
+                return y_BTHd.transpose(1, 2), state
         # Nothing is compiled for an evaluation or a prompt.
         if input.is_cuda and length > 1 and torch.is_grad_enabled():
             y_TBHd, state = self._cuda_kernel(input_TB4Hd, state)
