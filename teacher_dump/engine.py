@@ -22,13 +22,7 @@ import numpy as np
 
 from pipeline.errors import UserError
 from teacher_dump.rows import CapturedRow, CaptureSpec, PackedRow
-from teacher_dump.vllm_process import (
-    StartLog,
-    keep_freed_pages,
-    message_sockets,
-    prepare_process,
-    shared_config,
-)
+from teacher_dump.vllm_process import StartLog, keep_freed_pages, prepare_process, shared_config, shut_down
 
 if TYPE_CHECKING:
     from teacher_dump.capture import CapturedStep, ModelFacts
@@ -346,11 +340,8 @@ class TeacherEngine:
         if engine is not None:
             TeacherEngine._alive -= 1
             with self._log:
-                sockets = message_sockets(getattr(engine, "model_executor", None))
-                engine.engine_core.shutdown()
-                for socket in sockets:
-                    socket.close(linger=0)
-                del engine, sockets
+                shut_down(engine)
+                del engine
                 if not TeacherEngine._alive:
                     from vllm.distributed import cleanup_dist_env_and_memory
 

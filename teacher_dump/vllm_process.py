@@ -81,6 +81,14 @@ def message_sockets(executor: Any) -> list[Any]:
     return list(dict.fromkeys(found))
 
 
+def shut_down(engine: Any) -> None:
+    """End an engine, its worker processes, and what it would leave open."""
+    sockets = message_sockets(getattr(engine, "model_executor", None))
+    engine.engine_core.shutdown()
+    for socket in sockets:
+        socket.close(linger=0)
+
+
 class StartLog:
     """Sends the process's output to a file while entered, from C++ too; `tail` tells what was written.
 

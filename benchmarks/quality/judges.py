@@ -16,18 +16,22 @@ ATTENTION_ROWS = 64
 DATA = Path("data")
 
 
-def zero_shot_figures(out: Path, documents: int, **model: str) -> dict[str, Any]:
+def zero_shot_figures(
+    out: Path, documents: int, *, run: str | None = None, teacher: str | None = None
+) -> dict[str, Any]:
     """Accuracies by task.
 
     Args:
         out: file for the command's own figures.
         documents: of each task, the first so many.
-        model: `run` or `teacher`, a folder.
+        run, teacher: folder of the model; one of the two.
 
     Raises:
         UserError: see `student.zero_shot.zero_shot`.
     """
-    options = ZeroShotOptions(**model, limit=documents, precision="bf16-mixed", data=str(DATA), out=str(out))  # type: ignore[arg-type]
+    options = ZeroShotOptions(
+        run, teacher=teacher, limit=documents, precision="bf16-mixed", data=str(DATA), out=str(out)
+    )
     content = zero_shot(options)
     (found,) = content["models"].values()
     measures = {name: task["measure"] for name, task in content["tasks"].items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Template
 
@@ -59,8 +59,8 @@ def write_report(rows: Sequence[Row], curves: Sequence[Row], docs: Path = DOCS) 
         "noise": " ".join(_noise(rows, budget) for budget in budgets),
         "questions": "".join(_question(rows, curves, name, budgets, pictures) for name in QUESTIONS),
         "positions": _positions(rows, budgets[0], pictures) + "".join(_long(rows, budget) for budget in budgets),
-        "zero_shot": "".join(_plain_table(zero_shot_table(rows, budget), budget) for budget in budgets) or NOT_YET,
-        "attention": "".join(_plain_table(attention_table(rows, budget), budget) for budget in budgets) or NOT_YET,
+        "zero_shot": _of_budgets(zero_shot_table, rows, budgets),
+        "attention": _of_budgets(attention_table, rows, budgets),
         "maps": _maps(rows, pictures),
         "costs": "".join(_costs(rows, budget) for budget in budgets),
         "devices": ", ".join(sorted({str(row["device"]) for row in measured})),
@@ -139,8 +139,7 @@ def _question(rows: Sequence[Row], curves: Sequence[Row], name: str, budgets: li
         text += f"\n### {budget.capitalize()}\n\n"
         said = verdicts(rows, budget, name)
         text += f"{said}\n\n" if said else ""
-        head = list(lines[0])
-        text += table(head, [[_cell(line[column], column) for column in head] for line in lines])
+        text += _table(lines)
         text += f"\n![KL to the teacher by arm]({pictures.name}/{picture.name})\n"
         own = [curve for curve in curves if curve["budget"] == budget]
         there = [arm for arm in order if any(curve["arm"] == arm for curve in own)]
@@ -167,16 +166,12 @@ def _long(rows: Sequence[Row], budget: str) -> str:
     lines = long_table(rows, budget)
     if not lines:
         return ""
-    head = list(lines[0])
-    cells = [[_cell(line[column], column) for column in head] for line in lines]
-    return f"\n*{budget}*, held-out text in longer rows, by the positions that follow:\n\n{table(head, cells)}\n"
+    return f"\n*{budget}*, held-out text in longer rows, by the positions that follow:\n\n{_table(lines)}\n"
 
 
-def _plain_table(lines: Sequence[Row], budget: str) -> str:
-    if not lines:
-        return ""
-    head = list(lines[0])
-    return f"\n*{budget}*\n\n{table(head, [[_cell(line[column], column) for column in head] for line in lines])}\n"
+def _of_budgets(of: Callable[[Sequence[Row], str], list[Row]], rows: Sequence[Row], budgets: list[str]) -> str:
+    found = {budget: of(rows, budget) for budget in budgets}
+    return "".join(f"\n*{name}*\n\n{_table(lines)}\n" for name, lines in found.items() if lines) or NOT_YET
 
 
 def _maps(rows: Sequence[Row], pictures: Path) -> str:
@@ -187,10 +182,13 @@ def _maps(rows: Sequence[Row], pictures: Path) -> str:
 
 
 def _costs(rows: Sequence[Row], budget: str) -> str:
-    lines = cost_table(rows, budget)
+    told = _table(cost_table(rows, budget))
+    return f"*{budget}*, seconds of each phase, several arms side by side on one GPU:\n\n{told}\n"
+
+
+def _table(lines: Sequence[Row]) -> str:
     head = list(lines[0])
-    cells = [[_cell(line[column], column) for column in head] for line in lines]
-    return f"*{budget}*, seconds of each phase, several arms side by side on one GPU:\n\n{table(head, cells)}\n"
+    return table(head, [[_cell(line[column], column) for column in head] for line in lines])
 
 
 def _cell(value: object, column: str) -> str:

@@ -175,9 +175,8 @@ def attention_table(rows: Sequence[Row], budget: str) -> list[Row]:
             line: Row = {"arm": name, "seeds": len(found)}
             for sinks, title in (("keep", ""), ("drop", ", no sink")):
                 for whose in ATTENTION_COLUMNS:
-                    line[f"{whose.replace('_', ' ')}{title}"] = mean(
-                        one[sinks]["jensen_shannon"][whose] for one in found
-                    )
+                    distances = [one[sinks]["jensen_shannon"][whose] for one in found]
+                    line[f"{whose.replace('_', ' ')}{title}"] = f"{mean(distances):.4f}"
             lines.append(line)
     return sorted(lines, key=lambda line: float(line["student"]))
 

@@ -176,7 +176,7 @@ def test_a_run_on_fewer_ids_is_the_run_on_a_cache_of_fewer(cache: Path, tmp_path
         float(torch.stack([(other[name] - dump[name]).norm() for name in dump]).norm()) for other in (view, whole)
     )
     # Rounding of log_tail, through AdamW, which divides small gradients by small moments: it differs from CPU to CPU.
-    assert apart < 1e-2 * moved and moved > 1e-3
+    assert apart < 2e-3 * moved and moved > 1e-3
 
 
 def test_the_view_is_part_of_an_exact_resume_but_not_of_the_student(cache: Path, tmp_path: Path) -> None:

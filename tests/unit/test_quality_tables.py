@@ -104,6 +104,19 @@ def test_a_page_tells_of_longer_rows_and_of_what_an_uncut_arm_is_trained(tmp_pat
     assert "| `a` | 1 | 1.100 | 4.100 | 1.500 | 5.000 | 4.500 |" in text and "in longer rows" in text
 
 
+def test_a_page_tells_of_further_judges(tmp_path: Path) -> None:
+    whose = ("student", "untrained", "mean_teacher_map", "recency", "uniform")
+    mean = {sinks: {"jensen_shannon": dict.fromkeys(whose, 0.25)} for sinks in ("keep", "drop")}
+    answers = {"piqa": {"measure": "acc", "acc": 0.625}}
+    judged = {"zero_shot": {"tasks": answers, "teacher": answers, "chance": {"piqa": 0.5}}, "attention": {"mean": mean}}
+    plain = write_report([TEACHER, *ROWS], [], tmp_path).read_text()
+    assert plain.count("Nothing was measured yet.") == 2
+    (tmp_path / "results" / f"attention-{ROWS[0]['arm']}-0.png").write_bytes(b"a picture")
+    text = write_report([TEACHER, {**ROWS[0], **judged}, *ROWS[1:]], [], tmp_path).read_text()
+    assert "62.5" in text and "50.0" in text and "0.2500" in text and "Nothing was measured yet." not in text
+    assert f"results/attention-{ROWS[0]['arm']}-0.png" in text
+
+
 def test_a_verdict_needs_more_than_twice_the_noise() -> None:
     said = verdicts(ROWS, "screen", "signal")
     assert (
