@@ -24,6 +24,7 @@ from pipeline.store import again, is_remote
 from teacher_dump.plan import Unit
 from teacher_dump.progress import DumpProgress
 from teacher_dump.ray_cluster import DeadClaims, EngineRoom
+from teacher_dump.stop_signals import stops_wait
 from teacher_dump.work import Work
 
 POLL_SECONDS = 0.5
@@ -197,7 +198,8 @@ class RayWorkers:
             return
         if ray.wait(list(calls), timeout=POLL_SECONDS)[0]:
             for call in ray.wait(list(calls), num_returns=len(calls), timeout=0)[0]:
-                self._hear(calls[call])
+                with stops_wait():  # a message is taken in once: what it tells cannot be told again
+                    self._hear(calls[call])
 
     def _hear(self, engine: Engine) -> None:
         ray = self.room.ray
@@ -366,7 +368,8 @@ class RayWorkers:
                 ready, _ = self.room.ray.wait([engine.call for engine in working], timeout=POLL_SECONDS)
                 for engine in working:
                     if engine.call in ready:
-                        self._hear(engine)
+                        with stops_wait():
+                            self._hear(engine)
         finally:
             for engine in self.engines:
                 self.room.end(engine.actor, engine.group)

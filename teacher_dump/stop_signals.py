@@ -6,7 +6,10 @@ own process looks once its engine has started.
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 AGAIN_SECONDS = 6
@@ -42,3 +45,28 @@ def raise_if_stopped() -> None:
     """Raise KeyboardInterrupt if SIGTERM came at any time before."""
     if _came:
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def stops_wait() -> Iterator[None]:
+    """Ctrl-C and SIGTERM that come inside take effect at the end, so that what is done inside is done whole.
+
+    For short pieces of work of the main thread; in another one, where no signal is raised, nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda *signal_: came.append(signal_))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number, frame in came[:1]:
+        if callable(handler := before[number]):
+            handler(number, frame)
+        elif handler == signal.SIG_DFL:
+            signal.raise_signal(number)

@@ -28,7 +28,7 @@ from teacher_dump.gpus import EngineSlot
 from teacher_dump.plan import Unit
 from teacher_dump.progress import DumpProgress
 from teacher_dump.shard_loop import take_shards
-from teacher_dump.stop_signals import interrupt_on_sigterm, no_more
+from teacher_dump.stop_signals import interrupt_on_sigterm, no_more, stops_wait
 from teacher_dump.work import Work
 
 POLL_SECONDS = 0.5
@@ -170,7 +170,8 @@ class Workers:
             resource_tracker.ensure_running()  # it cleans up after killed workers, and need not say so
         try:
             for number, slot in enumerate(self.slots):
-                self.workers.append(self._start(number, slot))
+                with stops_wait():  # one that nobody knows of would not be ended
+                    self.workers.append(self._start(number, slot))
             while living := [worker for worker in self.workers if not self._ended(worker)]:
                 ready = wait([worker.connection for worker in living if worker.open], POLL_SECONDS)
                 for worker in living:

@@ -71,12 +71,19 @@ class RayCluster:
         node.wait()
         assert within(60, lambda: self.living() < count)
 
+    def remove_all(self) -> None:
+        """All but the head."""
+        for node in list(self.nodes):
+            self.remove(node)
+        for process in list(self.apart):
+            self.remove_apart(process)
+
     def living(self) -> int:
         return len(self._cluster.global_state._live_node_ids())
 
     def close(self) -> None:
-        for node in list(self.apart):
-            self.remove_apart(node)
+        for process in list(self.apart):
+            self.remove_apart(process)
         self._cluster.shutdown()
         os.environ.clear()
         os.environ.update(self._before)

@@ -38,10 +38,17 @@ def ray_starts() -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[RayCluster]:
+def one_cluster() -> Iterator[RayCluster]:
     with RayCluster() as cluster:
-        cluster.add()
         yield cluster
+
+
+@pytest.fixture
+def cluster(one_cluster: RayCluster) -> Iterator[RayCluster]:
+    """With one node, whatever an earlier test did."""
+    one_cluster.add()
+    yield one_cluster
+    one_cluster.remove_all()
 
 
 def check(cache: Path, undisturbed: Path) -> None:
@@ -112,7 +119,6 @@ def test_a_node_joins_and_one_leaves(
         == 2
     )
     check(cache, undisturbed)
-    cluster.remove(cluster.nodes[-1])
 
 
 def test_a_driver_killed_and_started_again(
@@ -151,7 +157,6 @@ def test_two_drivers_share_the_work(
     check(cache, undisturbed)
     done = [line.split()[0] for line in steps.read_text().splitlines()]
     assert len(done) - len(set(done)) <= 3  # what the stopped one had in its hands
-    cluster.remove(cluster.nodes[-1])
 
 
 def test_a_shard_that_ends_its_workers_is_given_up_and_named(
@@ -175,7 +180,8 @@ def test_two_gpus_an_engine(
 ) -> None:
     """Ray is told of GPUs that are not there: places are counted and given out in pairs, all of one node."""
     cache = tmp_path / "cache"
-    nodes = [cluster.add(num_gpus=3), cluster.add(num_gpus=2)]
+    cluster.add(num_gpus=3)
+    cluster.add(num_gpus=2)
     command = replayed(teacher, corpus, cache, SHARDS, undisturbed, '{"rows": 512}', "--engine.tensor_parallel", "2")
     output, _ = start_dump(cluster, command).communicate(timeout=120)
     assert "on 2 GPU workers of 2 GPUs, 4 Ray nodes" in output, output
@@ -184,8 +190,6 @@ def test_two_gpus_an_engine(
     refused = start_dump(cluster, dump_command(teacher, corpus, cache, 1, "--engine.tensor_parallel", "4"))
     output, _ = refused.communicate(timeout=60)
     assert "error: --engine.tensor_parallel 4: no node of the Ray cluster has more than 3 GPUs" in output
-    for node in nodes:
-        cluster.remove(node)
 
 
 @pytest.mark.skipif(not can_unshare(), reason="needs the right to make namespaces")
@@ -195,7 +199,7 @@ def test_workers_of_another_machine(
     """Whose processes cannot be looked at from here: a killed driver's claims there do not stop the next one."""
     cache = tmp_path / "cache"
     cluster.remove(cluster.nodes[0])
-    apart = cluster.add_apart()
+    cluster.add_apart()
     command = replayed(teacher, corpus, cache, SHARDS, undisturbed, '{"pace": 0.1}')
     first = start_dump(cluster, command)
     assert within(60, lambda: committed(cache) > 2, first)
@@ -204,8 +208,6 @@ def test_workers_of_another_machine(
     assert holders(cache), "nothing was held: the trial shows nothing"
     output, _ = start_dump(cluster, command).communicate(timeout=60)  # long before claims expire
     check(cache, undisturbed)
-    cluster.remove_apart(apart)
-    cluster.add()
 
 
 @pytest.mark.skipif(not can_unshare(), reason="needs the right to make namespaces")
@@ -214,7 +216,7 @@ def test_a_machine_with_another_folder_of_that_name_is_refused(
 ) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
-    apart = cluster.add_apart(hidden=cache)
+    cluster.add_apart(hidden=cache)
     script = json.dumps({"pace": 0.1})
     output, _ = start_dump(cluster, replayed(teacher, corpus, cache, SHARDS, undisturbed, script)).communicate(
         timeout=120
@@ -222,7 +224,6 @@ def test_a_machine_with_another_folder_of_that_name_is_refused(
     sentence = f"cannot write to the cache {cache} (No such file or directory): a dump on several machines needs"
     assert sentence in output, output
     check(cache, undisturbed)
-    cluster.remove_apart(apart)
 
 
 def test_without_ray_the_extra_is_named(teacher: Path, corpus: Path, tmp_path: Path) -> None:

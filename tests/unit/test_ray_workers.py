@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from teacher_dump.plan import Unit
 from teacher_dump.progress import DumpProgress
 from teacher_dump.ray_cluster import EngineRoom, Node
 from teacher_dump.ray_workers import ATTEMPTS, LOSSES, RayWorkers
+from teacher_dump.stop_signals import interrupt_on_sigterm
 
 
 class RayError(Exception):
@@ -39,8 +43,10 @@ class Work:
 
 
 class Ref:
+    """Its value does not change, however often it is asked for."""
+
     def __init__(self, call: Callable[[], Any]) -> None:
-        self.call = call
+        self.call = functools.cache(call)
 
 
 class FakeEngine:
@@ -53,7 +59,8 @@ class FakeEngine:
         self.started = False
         self.hello = SimpleNamespace(remote=lambda: Ref(self._hello))
         self.exchange = SimpleNamespace(remote=lambda answer: Ref(lambda: self._exchange(answer)))
-        self.stop = SimpleNamespace(remote=lambda: None)
+        self.stopping = False
+        self.stop = SimpleNamespace(remote=lambda: setattr(self, "stopping", True))
 
     def _hello(self) -> dict[str, str]:
         return {"node": self.node, "machine": self.node, "place": f"CPU of {self.node}"}
@@ -62,6 +69,8 @@ class FakeEngine:
         if not self.started:
             self.started = True
             return [("loading",), ("ready",), ("ask", True)]
+        if self.stopping:
+            return [("stopped",)]
         if answer is None:
             return []
         unit = answer[0]
@@ -285,6 +294,33 @@ def test_an_engine_out_of_reach_for_a_moment_is_replaced(dump: Callable[..., Ray
     lost = dump(room, 2).run()
     assert lost == ["worker 1 (CPU of a) stopped while it held shard-00000: the connection to it was lost for a moment"]
     assert room.engines[0].ended and set(room.engines[1].given) == {"shard-00000", "shard-00001"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_that_comes_while_a_message_is_taken_in(
+    dump: Callable[..., RayWorkers], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """What an engine told is taken in whole, and once, before the dump stops."""
+    room = FakeRoom(["a", "b"], commits)
+    workers = dump(room, 20)
+    answer = workers._answer
+
+    def answer_and_stop(engine: Any) -> tuple[Unit | None] | None:
+        given = answer(engine)
+        if "shard-00006" in engine.held:
+            os.kill(os.getpid(), number)
+        return given
+
+    monkeypatch.setattr(workers, "_answer", answer_and_stop)
+    before = signal.getsignal(signal.SIGTERM)
+    interrupt_on_sigterm()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            workers.run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(workers.progress.written) == 20 - workers.left < 20
+    assert all(engine.ended for engine in room.engines)
 
 
 def resources(**of_nodes: dict[str, float]) -> Any:
