@@ -1,12 +1,11 @@
 """Training on several ranks of this machine: a process each, started as SLURM would start them.
 
-The processes are forked from a server that has imported the training command already: a rank costs a second, not five.
+The processes are forked from the tests' server, which has imported the training command already.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -15,8 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["helpers_ranks", "student.__main__"])
+from helpers_fork import SERVER
 
 
 def free_port() -> int:
