@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.fields import check_stays
-from pipeline.index import INDEX, ShardEntries, ShardEntry, listed_units, read_index, write_index
+from pipeline.index import INDEX, ShardEntries, ShardEntry, listed_units, read_index, units_of_files, write_index
 from pipeline.local_copies import LocalCopies
 from pipeline.manifest import read_manifest
 from pipeline.row_checks import check_indices
@@ -61,7 +61,10 @@ class Cache:
         Raises:
             UserError: a record or the index is damaged or belongs to another cache.
         """
-        units = listed_units(self.path, split)
+        return self._entries_of(listed_units(self.path, split))
+
+    def _entries_of(self, units: np.ndarray) -> ShardEntries:
+        """Of the committed shards among `units`, ordered by unit."""
         entries = ShardEntries.of([])
         found = read_index(self.path)
         if found is not None:
@@ -133,7 +136,7 @@ class Cache:
 
     def build_index(self) -> int:
         """Write the index of all committed shards; returns their number."""
-        entries = self.shards("train").and_also(self.shards("heldout"))
+        entries = self._entries_of(units_of_files(self.path)[0])
         write_index(self.path, entries, {name: getattr(self.manifest, name) for name in ("compat_id", "data_id")})
         return len(entries)
 

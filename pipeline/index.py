@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -35,8 +36,11 @@ WORTH_WHILE = 1000
 """A dump builds the index when so many shards are not in it."""
 NUMBERS = ("unit", "bytes", "rows", "tokens")
 DIGESTS = ("sha256", "footer_sha256")
-NAME = re.compile(r"(shard|heldout)-(\d{5,10})\.json")
+NAME = re.compile(r"(shard|heldout)-(\d{5,10})\.(json|parquet)")
 MOST_SHARDS = 1 << 22
+GROUP_ROWS = 1 << 18
+BATCH_ROWS = 1 << 16
+PAGE_BUFFER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class ShardEntry:
 
 
 class ShardEntries(Sequence[ShardEntry]):
-    """Entries of N shards in order of units, held as arrays: 96 bytes each.
+    """Entries of N shards in order of units, held as arrays: 96 bytes each. The arrays are shared, not to be changed.
 
     Attributes:
         unit, bytes, rows, tokens: int64 (N,).
@@ -72,10 +76,12 @@ class ShardEntries(Sequence[ShardEntry]):
     """
 
     def __init__(self, columns: dict[str, np.ndarray]) -> None:
-        order = np.argsort(columns["unit"], kind="stable")
-        for name, values in columns.items():
-            setattr(self, name, values[order])
-        self.columns = {name: getattr(self, name) for name in columns}
+        unit = columns["unit"]
+        if (unit[1:] < unit[:-1]).any():
+            order = np.argsort(unit, kind="stable")
+            columns = {name: values[order] for name, values in columns.items()}
+        self.columns = dict(columns)
+        vars(self).update(columns)
 
     unit: np.ndarray
     bytes: np.ndarray
@@ -87,20 +93,27 @@ class ShardEntries(Sequence[ShardEntry]):
     @classmethod
     def of(cls, records: Iterable[Any]) -> ShardEntries:
         """From objects with the attributes of `ShardEntry`."""
-        found = list(records)
-        columns: dict[str, np.ndarray] = {}
-        for name in NUMBERS:
-            columns[name] = np.array([getattr(r, name) for r in found], np.int64)
-        for name in DIGESTS:
-            joined = b"".join(bytes.fromhex(getattr(r, name)) for r in found)
-            columns[name] = np.frombuffer(joined, np.uint8).reshape(len(found), 32)
+        numbers = {name: array("q") for name in NUMBERS}
+        digests = {name: bytearray() for name in DIGESTS}
+        for record in records:
+            for name, values in numbers.items():
+                values.append(getattr(record, name))
+            for name, joined in digests.items():
+                joined += bytes.fromhex(getattr(record, name))
+        columns: dict[str, np.ndarray] = {name: np.array(values, np.int64) for name, values in numbers.items()}
+        for name, joined in digests.items():
+            columns[name] = np.frombuffer(joined, np.uint8).reshape(-1, 32)
         return cls(columns)
 
     def select(self, keep: np.ndarray) -> ShardEntries:
-        """Those that a mask or indices keep."""
+        """Those that a mask keeps."""
+        if keep.all():
+            return self
         return ShardEntries({name: values[keep] for name, values in self.columns.items()})
 
     def and_also(self, other: ShardEntries) -> ShardEntries:
+        if not len(other):
+            return self
         return ShardEntries({n: np.concatenate([v, other.columns[n]]) for n, v in self.columns.items()})
 
     def __len__(self) -> int:
@@ -128,11 +141,18 @@ class ShardEntries(Sequence[ShardEntry]):
 
 def listed_units(cache: Path, split: str) -> np.ndarray:
     """Units of a split whose JSON is there, ascending, int64; from one listing of the folder."""
-    kind = "heldout" if split == "heldout" else "shard"
-    prefix = f"{kind}-"
-    matches = (NAME.fullmatch(name) for name in names_in(cache) if name.startswith(prefix))
-    found = [number for match in matches if match is not None and (number := int(match[2])) < HELDOUT_UNIT]
-    return np.sort(np.array(found, np.int64)) + (HELDOUT_UNIT if split == "heldout" else 0)
+    json_N, _ = units_of_files(cache)
+    return json_N[(json_N >= HELDOUT_UNIT) == (split == "heldout")]
+
+
+def units_of_files(cache: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Units of both splits whose JSON is there, and those whose Parquet file is, ascending, int64; from one listing."""
+    found = {"json": array("q"), "parquet": array("q")}
+    for name in names_in(cache):
+        if (match := NAME.fullmatch(name)) and (number := int(match[2])) < HELDOUT_UNIT:
+            found[match[3]].append(number + HELDOUT_UNIT * (match[1] == "heldout"))
+    json_N, parquet_N = (np.sort(np.array(units, np.int64)) for units in found.values())
+    return json_N, parquet_N
 
 
 def read_index(cache: Path) -> tuple[dict[str, Any], ShardEntries] | None:
@@ -152,29 +172,19 @@ def read_index(cache: Path) -> tuple[dict[str, Any], ShardEntries] | None:
     if not file.is_file() or file_sha256(file) != given.sha256("sha256"):
         raise UserError(f"{file} is missing or does not match its sha256 in {path}: {remedy}")
     try:
-        table = _read_table(file, given.integer("shards", 0, MOST_SHARDS))
+        columns = _read_columns(file, given.integer("shards", 0, MOST_SHARDS))
     except (Malformed, OSError, pa.ArrowException) as error:
         raise UserError(f"{file}: {one_line(error)}: {remedy}") from None
-    columns: dict[str, np.ndarray] = {}
-    for name in table.column_names:
-        values = table.column(name).combine_chunks()
-        if isinstance(values, pa.ChunkedArray):  # pyarrow leaves an empty table in chunks
-            values = pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
-        if name in NUMBERS:
-            columns[name] = values.to_numpy(zero_copy_only=True)
-        else:
-            raw = np.frombuffer(values.buffers()[1] or b"", np.uint8, count=32 * len(values), offset=32 * values.offset)
-            columns[name] = raw.reshape(len(values), 32)
     entries = ShardEntries(columns)
     most = {"unit": 2 * HELDOUT_UNIT, "bytes": MOST_COUNT, "rows": 1 << 32, "tokens": MOST_COUNT}
     wrong = [n for n, v in columns.items() if n in most and ((v < (n != "unit")) | (v >= most[n])).any()]
-    if wrong or len(np.unique(entries.unit)) < len(entries):
+    if wrong or (entries.unit[1:] == entries.unit[:-1]).any():
         raise UserError(f"{file}: {', '.join(wrong) or 'unit'} holds values that no shard has: {remedy}")
     return record, entries
 
 
-def _read_table(file: Path, shards: int) -> pa.Table:
-    """The index's Parquet file, its headers looked at before it is read.
+def _read_columns(file: Path, shards: int) -> dict[str, np.ndarray]:
+    """The arrays of `ShardEntries` from the index's Parquet file, its headers looked at before it is read.
 
     Raises:
         Malformed: they claim what cannot be.
@@ -183,16 +193,34 @@ def _read_table(file: Path, shards: int) -> pa.Table:
     arrow = pa.schema([*((n, pa.int64()) for n in NUMBERS), *((n, pa.binary(32)) for n in DIGESTS)])
     columns = [Column(name, INT64, 8, 1, True, (PLAIN,)) for name in NUMBERS]
     columns += [Column(name, FIXED_BYTES, 32, 1, True, (PLAIN,)) for name in DIGESTS]
-    checked = CheckedParquet(file, tuple(columns), written_schema(arrow), shards, MOST_SHARDS)
+    # A page after the other: whole columns would be in memory twice, compressed beside it.
+    by_page: dict[str, Any] = {"buffer_size": PAGE_BUFFER, "pre_buffer": False}
+    checked = CheckedParquet(file, tuple(columns), written_schema(arrow), shards, MOST_SHARDS, **by_page)
     with closing(checked):
         if not checked.parquet.schema_arrow.equals(arrow):
             raise Malformed("another version wrote it")
         for group in range(checked.parquet.num_row_groups):
             checked.check_pages(group)
-        table = checked.parquet.read(use_threads=False)
-    if any(column.null_count for column in table.columns):
-        raise Malformed("it has empty places")
-    return table
+        return {name: _read_column(checked.parquet, name, shards) for name in arrow.names}
+
+
+def _read_column(parquet: pq.ParquetFile, name: str, shards: int) -> np.ndarray:
+    """int64 (N,) of a number, uint8 (N, 32) of a digest."""
+    found = np.empty(shards, np.int64) if name in NUMBERS else np.empty((shards, 32), np.uint8)
+    at = 0
+    for batch in parquet.iter_batches(BATCH_ROWS, columns=[name], use_threads=False):
+        values = batch.column(0)
+        if values.null_count:
+            raise Malformed("it has empty places")
+        raw = values.buffers()[1] or b""
+        part = np.frombuffer(raw, found.dtype).reshape(-1, *found.shape[1:])[
+            values.offset : values.offset + len(values)
+        ]
+        found[at : at + len(values)] = part
+        at += len(values)
+    if at != shards:
+        raise Malformed(f"it has {at} rows and says that it has {shards}")
+    return found
 
 
 def write_index(cache: Path, entries: ShardEntries, identities: dict[str, str]) -> None:
@@ -208,7 +236,7 @@ def write_index(cache: Path, entries: ShardEntries, identities: dict[str, str]) 
     table = pa.table(arrays)
 
     def write(path: Path) -> None:
-        pq.write_table(table, path, compression="zstd", use_dictionary=False, write_page_checksum=True)
+        pq.write_table(table, path, GROUP_ROWS, compression="zstd", use_dictionary=False, write_page_checksum=True)
 
     before = {path.name for path in cache.glob("index-*.parquet")}
     name = f"index-{len(entries):08d}-{os.urandom(4).hex()}.parquet"

@@ -8,9 +8,8 @@ from typing import overload
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.index import listed_units, read_index
-from pipeline.schema import HELDOUT_UNIT, unit_name
-from pipeline.store import names_in
+from pipeline.index import read_index, units_of_files
+from pipeline.schema import HELDOUT_UNIT
 from teacher_dump.plan import Plan, Unit
 from teacher_dump.work import Work, is_done
 
@@ -55,11 +54,9 @@ def pending_units(work: Work) -> Units:
         found = read_index(work.cache)
     except UserError:
         found = None  # a damaged index is built anew at the end
-    listed = np.concatenate([listed_units(work.cache, split) for split in ("train", "heldout")])
+    listed, files = units_of_files(work.cache)
     indexed = found[1].unit if found is not None else np.zeros(0, np.int64)
-    files = {name for name in names_in(work.cache) if name.endswith(".parquet")}
-    indexed = indexed[np.isin(indexed, listed)]
-    indexed = np.array([unit for unit in indexed.tolist() if f"{unit_name(unit)}.parquet" in files], np.int64)
+    indexed = indexed[np.isin(indexed, listed) & np.isin(indexed, files)]
     done = set()
     for unit in Units(work.plan, wanted.numbers[np.isin(wanted.numbers, listed) & ~np.isin(wanted.numbers, indexed)]):
         if is_done(work, unit):

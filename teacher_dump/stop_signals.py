@@ -57,10 +57,10 @@ def stops_wait() -> Iterator[None]:
         yield
         return
     came: list[tuple[int, Any]] = []
-    before = {}
+    before: dict[int, Any] = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, lambda *signal_: came.append(signal_))
+        for stop in (signal.SIGINT, signal.SIGTERM):
+            before[stop] = signal.signal(stop, lambda *given: came.append(given))
         yield
     finally:
         for number, handler in before.items():
