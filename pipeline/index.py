@@ -38,7 +38,7 @@ NUMBERS = ("unit", "bytes", "rows", "tokens")
 DIGESTS = ("sha256", "footer_sha256")
 NAME = re.compile(r"(shard|heldout)-(\d{5,10})\.(json|parquet)")
 MOST_SHARDS = 1 << 22
-GROUP_ROWS = 1 << 18
+GROUP_ROWS = 1 << 16
 BATCH_ROWS = 1 << 16
 PAGE_BUFFER = 1 << 20
 
