@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.fields import Fields
 from pipeline.manifest import MANIFEST, Manifest
 from pipeline.schema import HELDOUT_UNIT, unit_name
+from pipeline.store import names_in
 from pipeline.teacher_folder import TeacherFolder, local_teacher
 
 SHARD_NAME = re.compile(r"(shard|heldout)-\d{5,}")
@@ -165,7 +166,9 @@ def _gaps(units: list[int], first: int, end: int) -> Iterator[range]:
 
 def shard_stems(cache: Path) -> list[str]:
     """Names of all shards that have a JSON, in order of units."""
-    stems = [path.stem for path in (*cache.glob("shard-*.json"), *cache.glob("heldout-*.json"))]
+    stems = [
+        name[:-5] for name in names_in(cache) if name.endswith(".json") and name.startswith(("shard-", "heldout-"))
+    ]
     return sorted(stems, key=lambda stem: (unit_of(stem) is None, unit_of(stem) or 0, stem))
 
 
@@ -181,10 +184,14 @@ def unit_of(stem: str) -> int | None:
 def stray_files(cache: Path) -> list[Problem]:
     """Files that belong to no committed shard: leftovers, unfinished writes, and what others put there."""
     notes = []
-    committed = {path.stem for path in cache.glob("*.json") if SHARD_NAME.fullmatch(path.stem)}
-    for path in sorted(cache.iterdir()):
-        if OWN_FILES.fullmatch(path.name) or (path.stem in committed and path.suffix in (".json", ".parquet")):
-            continue
+    committed = {name[:-5] for name in names_in(cache) if name.endswith(".json") and SHARD_NAME.fullmatch(name[:-5])}
+    for name in sorted(
+        name
+        for name in names_in(cache)
+        if not (name.endswith((".json", ".parquet")) and name.rpartition(".")[0] in committed)
+        and not OWN_FILES.fullmatch(name)
+    ):
+        path = Path(name)
         if path.name.startswith(".") and path.suffix == ".tmp":
             text = "temporary of an unfinished write; the next dump clears it when its writer is gone"
         elif path.suffix == ".parquet" and SHARD_NAME.fullmatch(path.stem):

@@ -238,7 +238,7 @@ def write_index(cache: Path, entries: ShardEntries, identities: dict[str, str]) 
     def write(path: Path) -> None:
         pq.write_table(table, path, GROUP_ROWS, compression="zstd", use_dictionary=False, write_page_checksum=True)
 
-    before = {path.name for path in cache.glob("index-*.parquet")}
+    before = {name for name in names_in(cache) if name.startswith("index-") and name.endswith(".parquet")}
     name = f"index-{len(entries):08d}-{os.urandom(4).hex()}.parquet"
     digest = commit_file(cache / name, write)
     record = {"file": name, "bytes": digest.bytes, "sha256": digest.sha256, "shards": len(entries), **identities}
