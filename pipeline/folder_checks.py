@@ -166,9 +166,8 @@ def _gaps(units: list[int], first: int, end: int) -> Iterator[range]:
 
 def shard_stems(cache: Path) -> list[str]:
     """Names of all shards that have a JSON, in order of units."""
-    stems = [
-        name[:-5] for name in names_in(cache) if name.endswith(".json") and name.startswith(("shard-", "heldout-"))
-    ]
+    names = (name for name in names_in(cache) if name.startswith(("shard-", "heldout-")))
+    stems = [name.removesuffix(".json") for name in names if name.endswith(".json")]
     return sorted(stems, key=lambda stem: (unit_of(stem) is None, unit_of(stem) or 0, stem))
 
 
@@ -184,21 +183,22 @@ def unit_of(stem: str) -> int | None:
 def stray_files(cache: Path) -> list[Problem]:
     """Files that belong to no committed shard: leftovers, unfinished writes, and what others put there."""
     notes = []
-    committed = {name[:-5] for name in names_in(cache) if name.endswith(".json") and SHARD_NAME.fullmatch(name[:-5])}
-    for name in sorted(
-        name
-        for name in names_in(cache)
-        if not (name.endswith((".json", ".parquet")) and name.rpartition(".")[0] in committed)
-        and not OWN_FILES.fullmatch(name)
-    ):
-        path = Path(name)
-        if path.name.startswith(".") and path.suffix == ".tmp":
+    jsons = (name.removesuffix(".json") for name in names_in(cache) if name.endswith(".json"))
+    committed = {stem for stem in jsons if SHARD_NAME.fullmatch(stem)}
+
+    def belongs(name: str) -> bool:
+        stem, _, ending = name.rpartition(".")
+        return stem in committed and ending in ("json", "parquet") or OWN_FILES.fullmatch(name) is not None
+
+    for name in sorted(name for name in names_in(cache) if not belongs(name)):
+        stem, _, ending = name.rpartition(".")
+        if name.startswith(".") and ending == "tmp":
             text = "temporary of an unfinished write; the next dump clears it when its writer is gone"
-        elif path.suffix == ".parquet" and SHARD_NAME.fullmatch(path.stem):
+        elif ending == "parquet" and SHARD_NAME.fullmatch(stem):
             text = "has no JSON: not committed, readers pass it over, a dump writes it again"
         else:
             text = "is not part of the cache"
-        notes.append(Problem(path.name, text))
+        notes.append(Problem(name, text))
     for path in sorted((cache / "claims").glob("*.json")):
         notes.append(Problem(f"claims/{path.name}", "a dump is writing this shard, or was interrupted at it"))
     if (cache / "teacher" / "teacher.json").is_file():
