@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.claim import clear_if_dead, holder_record, remove_temporaries, take_away
+from pipeline.claim import clear_if_dead, remove_temporaries, take_away
+from pipeline.claim_file import holder_record
 from pipeline.store import is_remote
 from pipeline.store_claim import generations, is_dead
 

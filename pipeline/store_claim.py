@@ -13,7 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.claim import EXPIRY_SECONDS, MOST_CLAIM_BYTES, Claim, holder_lives_here, holder_record, read_holder
+from pipeline.claim_file import (
+    EXPIRY_SECONDS,
+    MOST_CLAIM_BYTES,
+    Claim,
+    holder_lives_here,
+    holder_record,
+    read_holder,
+)
 from pipeline.commit import new_claim_id
 from pipeline.store import again
 

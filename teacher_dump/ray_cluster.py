@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.claim import REFRESH_SECONDS
+from pipeline.claim_file import REFRESH_SECONDS
 from pipeline.claim_holders import Silence, free, free_if_dead, held_by, this_machine
 from pipeline.errors import UserError, one_line
 from pipeline.store import is_remote

@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.claim import HOLDER_FACTS
+from pipeline.claim_file import HOLDER_FACTS
 from pipeline.claim_holders import this_machine
 from pipeline.errors import UserError
 from pipeline.schema import unit_name

@@ -13,7 +13,8 @@ from importlib import metadata
 from itertools import chain
 from typing import Any, Protocol
 
-from pipeline.claim import Claim, try_claim
+from pipeline.claim import try_claim
+from pipeline.claim_file import Claim
 from pipeline.errors import UserError
 from pipeline.prefetch import ahead
 from pipeline.schema import unit_name

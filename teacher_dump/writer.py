@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from pipeline.claim import Claim
+from pipeline.claim_file import Claim
 from pipeline.shard import ShardRecord
 from teacher_dump.rows import CapturedRow
 

@@ -22,7 +22,7 @@ from chaos.figure import Figure
 from chaos.operations import Operation
 from chaos.recorded import Stage, make_stage, run_recorded
 from chaos.trials import done_with, fresh, scratch
-from pipeline import claim, commit, shard
+from pipeline import claim, claim_file, commit, shard
 from pipeline.commit import FileDigest
 from teacher_dump import shard_loop, work, writer
 
@@ -213,7 +213,7 @@ def claims_always_granted() -> None:
 def one_name_for_all() -> None:
     """Claims are ignored, and all writers use one temporary."""
 
-    class Free(claim.Claim):
+    class Free(claim_file.Claim):
         def is_ours(self) -> bool:
             return True
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import pyarrow.parquet
 
-from pipeline import claim, commit, shard
+from pipeline import claim_file, commit, shard
 
 PHASES = ("before", "amid", "after")
 WRITER_ID = re.compile(r"\.[^.]+-\d+-[0-9a-f]+\.tmp$")
@@ -282,4 +282,4 @@ class WatchedFile:
 
 def refresh_often() -> None:
     """Claims refresh themselves every few milliseconds, so that a short dump has refreshes too."""
-    claim.REFRESH_SECONDS = 0.005
+    claim_file.REFRESH_SECONDS = 0.005

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from pipeline import claim as claims
-from pipeline.claim import EXPIRY_SECONDS, Claim, clear_dead_claims, try_claim
+from pipeline import claim_file
+from pipeline.claim import clear_dead_claims, try_claim
+from pipeline.claim_file import EXPIRY_SECONDS, Claim
 from pipeline.commit import machine_digest, new_claim_id, temporary_path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,7 +47,7 @@ def holder(tmp_path: Path):
     process.stdout.close()
 
 
-def claim_file(cache: Path, name: str = "shard-00000") -> Path:
+def path_of(cache: Path, name: str = "shard-00000") -> Path:
     return cache / "claims" / f"{name}.json"
 
 
@@ -74,7 +76,7 @@ def test_live_claim_is_respected_and_released(tmp_path: Path) -> None:
 
 
 def test_process_that_lives_keeps_its_claim_however_old(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
-    set_age(claim_file(tmp_path), 10 * EXPIRY_SECONDS)
+    set_age(path_of(tmp_path), 10 * EXPIRY_SECONDS)
     clear_dead_claims(tmp_path)
     assert try_claim(tmp_path, "shard-00000") is None
     assert len(list(tmp_path.glob(".*.tmp"))) == 1
@@ -88,7 +90,7 @@ def test_killed_process_loses_its_claim_and_its_temporaries_only(tmp_path: Path,
     holder.wait()
     clear_dead_claims(tmp_path)
     assert list(tmp_path.glob(".*.tmp")) == [kept]
-    assert not claim_file(tmp_path).exists() and claim_file(tmp_path, "shard-00001").exists()
+    assert not path_of(tmp_path).exists() and path_of(tmp_path, "shard-00001").exists()
     with held(try_claim(tmp_path, "shard-00000")):
         mine.release()
 
@@ -103,7 +105,7 @@ def test_killed_process_is_replaced_without_a_clearing_first(tmp_path: Path, hol
 @pytest.mark.parametrize(("age", "free"), [(EXPIRY_SECONDS - 30, False), (EXPIRY_SECONDS + 30, True)])
 def test_claim_of_another_machine_expires_by_age(age: float, free: bool, tmp_path: Path) -> None:
     held(try_claim(tmp_path, "shard-00000")).release()
-    path = claim_file(tmp_path)
+    path = path_of(tmp_path)
     path.write_text(json.dumps({"id": "far-1-00000000", "machine": "elsewhere", "pid": os.getpid()}))
     leftover = temporary_path(tmp_path / "shard-00000.parquet", "far-1-00000000")
     leftover.write_bytes(b"half")
@@ -118,7 +120,7 @@ def test_claim_of_another_machine_expires_by_age(age: float, free: bool, tmp_pat
 def test_process_number_used_again_is_not_the_old_process(tmp_path: Path) -> None:
     """After a reboot or a wrap-around another process may run under a dead writer's number."""
     held(try_claim(tmp_path, "shard-00000"))
-    path = claim_file(tmp_path)
+    path = path_of(tmp_path)
     record = json.loads(path.read_text())
     assert record["started"], "Linux tells when a process started"
     path.write_text(json.dumps({**record, "started": "1"}))
@@ -127,11 +129,11 @@ def test_process_number_used_again_is_not_the_old_process(tmp_path: Path) -> Non
 
 
 def test_live_claim_is_refreshed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "REFRESH_SECONDS", 0.01)
+    monkeypatch.setattr(claim_file, "REFRESH_SECONDS", 0.01)
     with held(try_claim(tmp_path, "shard-00000")):
-        set_age(claim_file(tmp_path), 1000)
+        set_age(path_of(tmp_path), 1000)
         deadline = time.monotonic() + 3
-        while time.time() - claim_file(tmp_path).stat().st_mtime > 100:
+        while time.time() - path_of(tmp_path).stat().st_mtime > 100:
             assert time.monotonic() < deadline, "the claim was not refreshed"
             time.sleep(0.01)
 
@@ -139,20 +141,20 @@ def test_live_claim_is_refreshed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_claim_that_was_taken_over_is_neither_refreshed_nor_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "REFRESH_SECONDS", 0.01)
+    monkeypatch.setattr(claim_file, "REFRESH_SECONDS", 0.01)
     first = held(try_claim(tmp_path, "shard-00000"))
-    foreign(claim_file(tmp_path), id="other-1-00000000")
-    set_age(claim_file(tmp_path), 1000)
+    foreign(path_of(tmp_path), id="other-1-00000000")
+    set_age(path_of(tmp_path), 1000)
     time.sleep(0.1)
-    assert time.time() - claim_file(tmp_path).stat().st_mtime > 100
+    assert time.time() - path_of(tmp_path).stat().st_mtime > 100
     first.release()
-    assert claim_file(tmp_path).exists()
+    assert path_of(tmp_path).exists()
 
 
 def test_slower_clearer_leaves_the_claim_of_the_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two see the same dead claim; one replaces it before the other removes what it saw."""
     (tmp_path / "claims").mkdir()
-    path = claim_file(tmp_path)
+    path = path_of(tmp_path)
     dead = {"id": "gone-1-00000000", "machine": "elsewhere", "pid": 1}
     path.write_text(json.dumps(dead))
     set_age(path, 2 * EXPIRY_SECONDS)
@@ -175,9 +177,9 @@ def test_slower_clearer_leaves_the_claim_of_the_faster(tmp_path: Path, monkeypat
 @pytest.mark.parametrize("content", ["", "[]", "{"])
 def test_damaged_claim_expires_by_age(content: str, tmp_path: Path) -> None:
     (tmp_path / "claims").mkdir()
-    claim_file(tmp_path).write_text(content)
+    path_of(tmp_path).write_text(content)
     assert try_claim(tmp_path, "shard-00000") is None
-    set_age(claim_file(tmp_path), EXPIRY_SECONDS + 30)
+    set_age(path_of(tmp_path), EXPIRY_SECONDS + 30)
     with held(try_claim(tmp_path, "shard-00000")):
         pass
 
@@ -208,7 +210,7 @@ def test_killed_process_that_nobody_reaped_is_dead(tmp_path: Path, holder: subpr
     """Its number is still taken, by what the kernel calls a zombie."""
     holder.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 20
-    while claims._process_state(holder.pid)[0] != "Z":
+    while claim_file._process_state(holder.pid)[0] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.001)
     with held(try_claim(tmp_path, "shard-00000")):

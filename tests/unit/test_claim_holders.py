@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import claim_holders
-from pipeline.claim import HOLDER_FACTS, Claim, try_claim
+from pipeline.claim import try_claim
+from pipeline.claim_file import HOLDER_FACTS, Claim
 from pipeline.claim_holders import Silence, free, free_if_dead, held_by, this_machine
 from pipeline.commit import temporary_path
 from pipeline.errors import UserError

@@ -16,7 +16,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from helpers_cache import toy_columns, write_toy_cache
 
 from pipeline import store, store_claim
-from pipeline.claim import EXPIRY_SECONDS, clear_dead_claims, holder_record, try_claim
+from pipeline.claim import clear_dead_claims, try_claim
+from pipeline.claim_file import EXPIRY_SECONDS, holder_record
 from pipeline.commit import commit_bytes, commit_file, commit_json, file_sha256, read_json
 from pipeline.errors import UserError
 from pipeline.manifest import read_manifest
@@ -221,7 +222,7 @@ def test_of_two_that_find_a_dead_claim_one_gets_it(remote: Path, monkeypatch: py
 
 
 def test_a_live_claim_is_written_again_and_a_lost_one_left_alone(remote: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.claim.REFRESH_SECONDS", 0.02)
+    monkeypatch.setattr("pipeline.claim_file.REFRESH_SECONDS", 0.02)
     claim = try_claim(remote, "shard-00000")
     assert claim is not None
     place: Any = claim.path

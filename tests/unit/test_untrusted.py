@@ -24,7 +24,8 @@ from safetensors.numpy import save_file
 
 from pipeline import commit
 from pipeline.cache import Cache
-from pipeline.claim import EXPIRY_SECONDS, clear_dead_claims
+from pipeline.claim import clear_dead_claims
+from pipeline.claim_file import EXPIRY_SECONDS
 from pipeline.commit import commit_json, file_sha256, read_json
 from pipeline.errors import UserError
 from pipeline.folder_checks import find_missing

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.claim import Claim, try_claim
+from pipeline.claim import try_claim
+from pipeline.claim_file import Claim
 from pipeline.commit import commit_file
 from pipeline.errors import UserError
 from teacher_dump.writer import SHARDS_AT_ONCE, ShardWriter, ShardWriters
