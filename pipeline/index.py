@@ -9,6 +9,8 @@ file does not agree with the index is looked up in its JSON again. An index can 
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import re
 from array import array
@@ -16,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +30,7 @@ from pipeline.errors import UserError, one_line
 from pipeline.fields import MOST_COUNT, Fields, check_stays, child
 from pipeline.parquet_headers import FIXED_BYTES, INT64, PLAIN, Column
 from pipeline.schema import HELDOUT_UNIT, unit_name
-from pipeline.store import names_in
+from pipeline.store import again, is_remote, names_in
 from pipeline.thrift import Malformed
 
 INDEX = "index.json"
@@ -166,13 +168,26 @@ def read_index(cache: Path) -> tuple[dict[str, Any], ShardEntries] | None:
         return None
     check_stays(cache, path)
     record = read_json(path)
+    while True:
+        try:
+            return record, _read_entries(cache, record)
+        except UserError:
+            now = read_json(path)
+            if now == record:
+                raise
+            record = now  # another one was built meanwhile, and the file of this one removed
+
+
+def _read_entries(cache: Path, record: dict[str, Any]) -> ShardEntries:
+    path = cache / INDEX
     given = Fields(record, path)
     file = child(cache, given.text("file"), path)
     remedy = f"remove {path} and run `python -m pipeline index --cache {cache}`"
-    if not file.is_file() or file_sha256(file) != given.sha256("sha256"):
-        raise UserError(f"{file} is missing or does not match its sha256 in {path}: {remedy}")
     try:
-        columns = _read_columns(file, given.integer("shards", 0, MOST_SHARDS))
+        source, sha256 = _fetched(file) if file.is_file() else (file, "")
+        if sha256 != given.sha256("sha256"):
+            raise UserError(f"{file} is missing or does not match its sha256 in {path}: {remedy}")
+        columns = _read_columns(source, given.integer("shards", 0, MOST_SHARDS))
     except (Malformed, OSError, pa.ArrowException) as error:
         raise UserError(f"{file}: {one_line(error)}: {remedy}") from None
     entries = ShardEntries(columns)
@@ -180,10 +195,18 @@ def read_index(cache: Path) -> tuple[dict[str, Any], ShardEntries] | None:
     wrong = [n for n, v in columns.items() if n in most and ((v < (n != "unit")) | (v >= most[n])).any()]
     if wrong or (entries.unit[1:] == entries.unit[:-1]).any():
         raise UserError(f"{file}: {', '.join(wrong) or 'unit'} holds values that no shard has: {remedy}")
-    return record, entries
+    return entries
 
 
-def _read_columns(file: Path, shards: int) -> dict[str, np.ndarray]:
+def _fetched(file: Path) -> tuple[Path | BinaryIO, str]:
+    """What the index's columns are read from, and its hex sha256. A store is asked once, not for every column."""
+    if not is_remote(file):
+        return file, file_sha256(file)
+    data = again(file.read_bytes, file)
+    return io.BytesIO(data), hashlib.sha256(data).hexdigest()
+
+
+def _read_columns(source: Path | BinaryIO, shards: int) -> dict[str, np.ndarray]:
     """The arrays of `ShardEntries` from the index's Parquet file, its headers looked at before it is read.
 
     Raises:
@@ -195,7 +218,7 @@ def _read_columns(file: Path, shards: int) -> dict[str, np.ndarray]:
     columns += [Column(name, FIXED_BYTES, 32, 1, True, (PLAIN,)) for name in DIGESTS]
     # A page after the other: whole columns would be in memory twice, compressed beside it.
     by_page: dict[str, Any] = {"buffer_size": PAGE_BUFFER, "pre_buffer": False}
-    checked = CheckedParquet(file, tuple(columns), written_schema(arrow), shards, MOST_SHARDS, **by_page)
+    checked = CheckedParquet(source, tuple(columns), written_schema(arrow), shards, MOST_SHARDS, **by_page)
     with closing(checked):
         if not checked.parquet.schema_arrow.equals(arrow):
             raise Malformed("another version wrote it")
@@ -224,7 +247,7 @@ def _read_column(parquet: pq.ParquetFile, name: str, shards: int) -> np.ndarray:
 
 
 def write_index(cache: Path, entries: ShardEntries, identities: dict[str, str]) -> None:
-    """Commit an index of `entries` and remove the one before it.
+    """Commit an index of `entries` and remove the one before it; of no entries there is none.
 
     Args:
         identities: `compat_id` and `data_id` of the cache.
@@ -239,9 +262,12 @@ def write_index(cache: Path, entries: ShardEntries, identities: dict[str, str]) 
         pq.write_table(table, path, GROUP_ROWS, compression="zstd", use_dictionary=False, write_page_checksum=True)
 
     before = {name for name in names_in(cache) if name.startswith("index-") and name.endswith(".parquet")}
-    name = f"index-{len(entries):08d}-{os.urandom(4).hex()}.parquet"
-    digest = commit_file(cache / name, write)
-    record = {"file": name, "bytes": digest.bytes, "sha256": digest.sha256, "shards": len(entries), **identities}
-    commit_json(cache / INDEX, record)
+    if len(entries):
+        name = f"index-{len(entries):08d}-{os.urandom(4).hex()}.parquet"
+        digest = commit_file(cache / name, write)
+        record = {"file": name, "bytes": digest.bytes, "sha256": digest.sha256, "shards": len(entries), **identities}
+        commit_json(cache / INDEX, record)
+    else:
+        (cache / INDEX).unlink(missing_ok=True)
     for old in before:
         (cache / old).unlink(missing_ok=True)

@@ -22,7 +22,14 @@ import numpy as np
 
 from pipeline.errors import UserError
 from teacher_dump.rows import CapturedRow, CaptureSpec, PackedRow
-from teacher_dump.vllm_process import StartLog, keep_freed_pages, prepare_process, shared_config, shut_down
+from teacher_dump.vllm_process import (
+    StartLog,
+    keep_freed_pages,
+    message_sockets,
+    prepare_process,
+    shared_config,
+    shut_down,
+)
 
 if TYPE_CHECKING:
     from teacher_dump.capture import CapturedStep, ModelFacts
@@ -117,6 +124,7 @@ class TeacherEngine:
         self._check(config)
         prepare_process(options.quiet)
         self._engine: Any = None
+        self._sockets: list[Any] = []
         self._log = StartLog(options.quiet)
         try:
             with self._log:
@@ -198,6 +206,7 @@ class TeacherEngine:
         known = {field.name for field in fields(EngineArgs)}
         self._engine = LLMEngine.from_engine_args(EngineArgs(**{k: v for k, v in arguments.items() if k in known}))
         TeacherEngine._alive += 1
+        self._sockets = message_sockets(getattr(self._engine, "model_executor", None))
         return self._engine.collective_rpc("capture_install", args=(self.capture, length))[0]
 
     def _warm_up(self) -> None:
@@ -340,7 +349,7 @@ class TeacherEngine:
         if engine is not None:
             TeacherEngine._alive -= 1
             with self._log:
-                shut_down(engine)
+                shut_down(engine, self._sockets)
                 del engine
                 if not TeacherEngine._alive:
                     from vllm.distributed import cleanup_dist_env_and_memory

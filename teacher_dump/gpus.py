@@ -45,7 +45,7 @@ def engine_slots(gpus: int, tensor_parallel: int) -> list[EngineSlot]:
         return [EngineSlot("this process")]
     engines = gpus // tensor_parallel
     threads = {THREADS: str(max(1, _threads() // engines))}
-    visible = _visible_gpus()
+    visible = visible_gpus()
     if not visible:
         return [EngineSlot("CPU", threads)] * engines
     if len(visible) < gpus:
@@ -60,7 +60,7 @@ def engine_slots(gpus: int, tensor_parallel: int) -> list[EngineSlot]:
     return slots
 
 
-def _visible_gpus() -> list[str]:
+def visible_gpus() -> list[str]:
     """Entries of CUDA_VISIBLE_DEVICES, else the numbers of all GPUs; none where torch finds no GPU."""
     import torch
 

@@ -16,7 +16,7 @@ from pipeline.claim_file import REFRESH_SECONDS
 from pipeline.claim_holders import Silence, free, free_if_dead, held_by, this_machine
 from pipeline.errors import UserError, one_line
 from pipeline.store import is_remote
-from teacher_dump.gpus import THREADS
+from teacher_dump.gpus import THREADS, visible_gpus
 from teacher_dump.ray_engine import NODE, RayEngine
 from teacher_dump.stop_signals import interrupt_on_sigterm
 
@@ -82,7 +82,9 @@ def connected(option: str, say: Callable[[str], None]) -> Iterator[Any]:
             say("no Ray cluster runs on this machine and RAY_ADDRESS is not set: Ray is started here alone")
             address = LOCAL
         if address == LOCAL:
-            quiet |= {"include_dashboard": False, "object_store_memory": STORE_BYTES, "num_cpus": _own_threads()}
+            # Engines of GPUs take a CPU each, of which there must be as many.
+            threads = None if visible_gpus() else _own_threads()
+            quiet |= {"include_dashboard": False, "object_store_memory": STORE_BYTES, "num_cpus": threads}
             quiet |= {"_node_ip_address": "127.0.0.1"}  # nobody else needs to reach it
         else:
             _reach(address)

@@ -81,12 +81,17 @@ def message_sockets(executor: Any) -> list[Any]:
     return list(dict.fromkeys(found))
 
 
-def shut_down(engine: Any) -> None:
-    """End an engine, its worker processes, and what it would leave open."""
-    sockets = message_sockets(getattr(engine, "model_executor", None))
-    engine.engine_core.shutdown()
-    for socket in sockets:
-        socket.close(linger=0)
+def shut_down(engine: Any, sockets: list[Any]) -> None:
+    """End an engine, its worker processes, and what it would leave open.
+
+    Args:
+        sockets: its `message_sockets`, taken when it started: an executor that has lost a worker forgets its queues.
+    """
+    try:
+        engine.engine_core.shutdown()
+    finally:
+        for socket in sockets:
+            socket.close(linger=0)
 
 
 class StartLog:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline.errors import UserError, one_line
 from pipeline.schema import unit_name
@@ -101,8 +101,15 @@ def worker_main(work: Work, units: Sequence[Unit], connection: Connection) -> No
     except BaseException as error:
         with contextlib.suppress(OSError):
             report.send("failed", *told(error))
-        sys.exit(1)
-    os._exit(0)  # all is committed and the engine closed: tearing down vLLM and torch would only cost seconds
+        _end_now(1)  # the driver waits for the end of this process, and what has failed may not tear down
+    _end_now(0)  # all is committed and the engine closed: tearing down vLLM and torch would only cost seconds
+
+
+def _end_now(status: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def _end_with_driver() -> None:

@@ -113,6 +113,7 @@ def dump(cache: Path, *more: str, **environment: str) -> Cache:
     ]  # fmt: skip
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
+    cache.with_suffix(".log").write_text(done.stderr)
     return Cache(cache)
 
 
@@ -154,6 +155,8 @@ def test_rows_of_ray_workers(tmp_path: Path) -> None:
     """One GPU without Ray, and Ray with an engine on each of two: every number of every shard, to the bit."""
     pytest.importorskip("ray")
     same_bits(dump(tmp_path / "alone"), dump(tmp_path / "ray", "--ray", "local"))
+    told = (tmp_path / "ray.log").read_text()
+    assert "2 GPU workers" in told and ", 2 workers)" in told, told
 
 
 @two_gpus

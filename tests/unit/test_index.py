@@ -6,10 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import fsspec
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from helpers_cache import commit_toy_shard, toy_columns, write_toy_cache
 
+from pipeline import index
 from pipeline.__main__ import main
 from pipeline.cache import Cache
 from pipeline.commit import commit_json, read_json
@@ -114,6 +118,56 @@ def test_a_shard_that_vanishes_while_it_is_listed_is_passed_over(cache: Cache, m
     (cache.path / "shard-00002.json").write_text("{}")
     with pytest.raises(UserError, match=r"shard-00002\.json"):
         cache.shards()
+
+
+def test_an_index_that_is_replaced_while_it_is_read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record was read, and the file that it names is gone when it is looked for: the new one is read."""
+    cache.build_index()
+    before = index.read_json(cache.path / "index.json")
+    cache.build_index()
+    answers = [before]
+    monkeypatch.setattr(index, "read_json", lambda path: answers.pop() if answers else read_json(path))
+    forbid_json(monkeypatch)
+    assert cache.shards().unit.tolist() == [0, 1, 2, 3] and not answers
+
+
+def test_an_index_of_several_row_groups(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "GROUP_ROWS", 4)
+    monkeypatch.setattr(index, "BATCH_ROWS", 3)
+    before = list(cache.shards())
+    assert cache.build_index() == 6
+    file = cache.path / read_json(cache.path / "index.json")["file"]
+    assert pq.ParquetFile(file).metadata.num_row_groups == 2
+    forbid_json(monkeypatch)
+    assert list(cache.shards()) == before
+
+
+def test_without_shards_there_is_no_index(cache: Cache) -> None:
+    cache.build_index()
+    for path in (*cache.path.glob("shard-*"), *cache.path.glob("heldout-*")):
+        path.unlink()
+    assert cache.build_index() == 0
+    assert not list(cache.path.glob("index*")) and len(cache.shards()) == 0
+
+
+def test_a_store_is_asked_for_the_index_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.build_index()
+    store = fsspec.filesystem("memory")
+    store.put(str(cache.path), "/index-on-a-store", recursive=True)
+    remote = Cache("memory://index-on-a-store")
+    asked: list[str] = []
+    opened = MemoryFileSystem._open
+
+    def note(self: MemoryFileSystem, path: str, *more: object, **given: object) -> object:
+        asked.append(path)
+        return opened(self, path, *more, **given)
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", note)
+    try:
+        assert list(remote.shards()) == list(cache.shards())
+    finally:
+        store.rm("/index-on-a-store", recursive=True)
+    assert sum(path.endswith(".parquet") for path in asked) == 1, asked
 
 
 def test_listing_knows_its_files(cache: Cache) -> None:
