@@ -142,9 +142,12 @@ class TransformerDecoder:
             layer.cumulative_length.fill_(self.case.context)
 
     def _advance(self) -> Tensor:
+        # With a mask, `transformers` copies the whole cache for each head that shares a key, in every layer and step.
+        # Without one the few slots that are not written yet are read as well: the ids are others, the cost is not.
+        mask = {"full_attention": None} if self.device.type == "cuda" else None
         found = self.model(
             input_ids=self.ids_B[:, None], past_key_values=self.cache, use_cache=True, logits_to_keep=1,
-            position_ids=self.position_11,
+            position_ids=self.position_11, attention_mask=mask,
         )  # fmt: skip
         self.position_11.add_(1)
         next_B: Tensor = found.logits[:, -1].argmax(-1)

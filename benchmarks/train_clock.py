@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from torch import distributed
 
 from benchmarks.meters import peak_gb, reset_peak, wait
 from benchmarks.train_profile import StepProfile
@@ -63,6 +64,9 @@ class StepClock(Callback):
         if self._profiled:
             self._profile = StepProfile(pl_module.device)
             self._profile.start()
+            if distributed.is_initialized():
+                distributed.barrier()  # ranks take seconds to start a profile, which is no waiting of a step's
+                wait(pl_module.device)
         self._started = time.perf_counter()
 
 

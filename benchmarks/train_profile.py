@@ -52,8 +52,8 @@ def gaps(work: list[dict[str, Any]], steps: int) -> str:
         work: a GPU's kernels and copies as a Chrome trace has them: `name`, `ts` and `dur` in microseconds.
         steps: steps they belong to.
     """
-    collective = [e for e in work if "nccl" in e["name"].lower()]
     own = sorted((e for e in work if "nccl" not in e["name"].lower()), key=lambda e: float(e["ts"]))
+    collective = [e for e in work if "nccl" in e["name"].lower() and e["ts"] > own[0]["ts"]]  # none before the steps
     idle, until, found = 0.0, own[0]["ts"], list[tuple[float, float, str]]()
     for event in own:
         if event["ts"] > until:

@@ -84,7 +84,8 @@ def run_cases(arguments: argparse.Namespace, scratch: Path) -> list[Row]:
                 finally:
                     shutil.rmtree(case.run, ignore_errors=True)
                 if arguments.profile:
-                    print(f"{preset} {batch}x{length}: {found['table']}", flush=True)
+                    told = found.get("table", f"{kind} has no profile")
+                    print(f"{preset} {batch}x{length}: {told}", flush=True)
                     continue
                 rows.append(to_row(case, found))
                 print(json.dumps(rows[-1]), f"({time.perf_counter() - started:.0f} s)", flush=True)

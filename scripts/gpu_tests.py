@@ -1,4 +1,5 @@
 """The tests that need a GPU, side by side: most of their time is compiling, which takes cores and not the GPU.
+Those that start vLLM come after them, alone: it measures how much memory is free, and others would change that.
 
     python scripts/gpu_tests.py                                  # every file of tests/gpu, a process each
     python scripts/gpu_tests.py graphs_on_gpu training_on_gpu:resumed --timeout 300
@@ -10,14 +11,27 @@ status is 0 if nothing failed and all was over in time.
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 TESTS = Path("tests/gpu")
+ALONE = ("dump_on_gpu",)
 LINES = 15
 """Of a log that is shown where tests failed."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A file of tests under way."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,34 +43,52 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+def start(name: str, path: Path, wanted: str, logs: Path) -> Running:
+    log = logs / f"{name.replace(':', '-').replace(' ', '_')}.log"
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-ra", str(path), *(["-k", wanted] if wanted else [])]
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    return Running(name, process, log)
+
+
+def passed(test: Running, seconds: float) -> bool:
+    """Wait for its end, so many seconds at most, and tell how it ended."""
+    started = time.monotonic()
+    try:
+        status: int | str = test.process.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        os.killpg(test.process.pid, signal.SIGKILL)  # what it has started goes with it
+        test.process.wait()
+        status = "stopped"
+    lines = test.log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    took = time.monotonic() - started
+    print(f"{test.name}: {lines[-1] if status in (0, 1) else f'status {status}'} ({took:.0f} s more)", flush=True)
+    if status != 0:
+        print("\n".join(f"    {line}" for line in lines[-LINES:]), flush=True)
+    return status == 0
+
+
 def main(words: list[str] | None = None) -> int:
     options = parser()
     given = options.parse_args(words)
-    started = time.monotonic()
+    end = time.monotonic() + given.timeout
     given.logs.mkdir(parents=True, exist_ok=True)
-    running: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
+    rounds: list[list[tuple[str, Path, str]]] = [[]]
     for name in given.names:
         file, _, wanted = name.partition(":")
         path = TESTS / f"test_{file}.py"
         if not path.is_file():
             options.error(f"{name}: there is no {path}")
-        log = given.logs / f"{name.replace(':', '-').replace(' ', '_')}.log"
-        command = [sys.executable, "-m", "pytest", "-q", "-s", "-ra", str(path), *(["-k", wanted] if wanted else [])]
-        with open(log, "wb") as file_of_log:
-            process = subprocess.Popen(command, stdout=file_of_log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        running[name] = process, log
+        if file in ALONE:
+            rounds.append([(name, path, wanted)])
+        else:
+            rounds[0].append((name, path, wanted))
     failed = []
-    for name, (process, log) in running.items():
-        try:
-            status: int | str = process.wait(max(0.0, started + given.timeout - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            status = "stopped"
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-        print(f"{name}: {lines[-1] if status in (0, 1) else f'status {status}'} ({time.monotonic() - started:.0f} s)")
-        if status != 0:
-            failed.append(name)
-            print("\n".join(f"    {line}" for line in lines[-LINES:]), flush=True)
+    for together in rounds:
+        running = [start(*test, given.logs) for test in together]
+        failed += [test.name for test in running if not passed(test, end - time.monotonic())]
     print(f"failed: {', '.join(failed)}, see {given.logs}" if failed else "nothing failed")
     return 1 if failed else 0
 

@@ -32,7 +32,7 @@ def recorded(advance: Callable[[], Tensor], device: torch.device) -> tuple[torch
         for _ in range(WARM_UPS):
             advance()
     torch.cuda.current_stream(device).wait_stream(stream)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         result = advance()
     return graph, result
 

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from pipeline.commit import commit_json
 from pipeline.config import parse_into
 from pipeline.errors import UserError, run_command
+from student.blocks.compiled import uncompiled
 from student.evaluation.device import in_precision, pick_device
 from student.evaluation.language_model import LanguageModel, hugging_face, student_of
 from student.evaluation.log_likelihood import Scored, as_request, log_likelihoods
@@ -102,7 +103,8 @@ def zero_shot(options: ZeroShotOptions, say: Any = lambda line: None) -> dict[st
             models[role]["checkpoint"] = options.checkpoint
         for name, asked in documents.items():
             begun = time.monotonic()
-            with in_precision("bf16-mixed" if options.precision == "bf16-mixed" else "32-true", device):
+            mixed = options.precision == "bf16-mixed"
+            with in_precision("bf16-mixed" if mixed else "32-true", device), uncompiled():
                 figures = figures_of(TASKS[name], asked, ask(model, asked, batch_tokens, options.bos))
             models[role]["tasks"][name] = figures
             say(f"{role}: {TASKS[name].title}, {len(asked)} documents in {time.monotonic() - begun:.0f} s")

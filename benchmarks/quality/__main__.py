@@ -25,15 +25,17 @@ from benchmarks.measured import Row, device_name, table
 from benchmarks.quality import STARTED
 from benchmarks.quality.arms import BUDGETS, HELDOUT_CACHE, OTHER_CACHE, QUESTIONS, Arm, Budget, chosen, load_arms
 from benchmarks.quality.caches import Dumps, needs
-from benchmarks.quality.judges import JUDGES
+from benchmarks.quality.judges import DATA, JUDGES
 from benchmarks.quality.pool import Answer, Clock, Pool, known_seconds
 from benchmarks.quality.results import QUALITY, RowFile, curves_of, key_of
 from benchmarks.quality.tables import KL as KL_TO_TEACHER
 from benchmarks.quality.tables import cost_table, long_table, noise, question_table, teacher_row
 from benchmarks.quality.trial import Trial
 from pipeline.errors import UserError, run_command
+from student.evaluation.zero_shot_tasks import prepare
 
-GPU_WORKERS = 4
+GPU_WORKERS = 3
+"""Students of the teacher's shape take some 22 of 80 GB each."""
 LOG_BYTES = 20_000
 
 
@@ -131,6 +133,8 @@ def run(trials: list[Trial], results: Path, given: argparse.Namespace) -> None:
     workers = given.workers or (GPU_WORKERS * torch.cuda.device_count() if on_gpu else 1)
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
+    if "zero_shot" in given.judges:
+        prepare(DATA)  # fetches them where they are missing, before anything is trained
     budget = trials[0].budget
     clock = Clock(given.minutes, known_seconds(RowFile(results).read(), budget.name, device_name()), STARTED)
     logs = given.scratch / "logs"
@@ -161,6 +165,8 @@ def write_answer(trial: Trial, answer: Answer, *, results: Path, out: Path | Non
             f"{row['tokens_per_s']:,.0f} tokens/s  {row['peak_gb']:.1f} GB  seconds: {took}",
             flush=True,
         )
+        for judge, reason in row.get("unjudged", {}).items():
+            print(f"{trial}: {judge} found nothing: {reason}", file=sys.stderr, flush=True)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         pictures = sorted((logs.parent / "pictures").glob("*-0.png"))

@@ -169,9 +169,13 @@ class Lab:
         finally:
             if not trial.keep:
                 shutil.rmtree(trial.run, ignore_errors=True)
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # other processes share the card
+            self._free()
+
+    def _free(self) -> None:
+        """Give memory back that nothing holds any more: other processes share the card."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _run(self, trial: Trial) -> dict[str, Any]:
         shutil.rmtree(trial.run, ignore_errors=True)  # of a process that was killed: its times are not known
@@ -196,6 +200,7 @@ class Lab:
             assert start.run is not None  # `load_arm` sees to it
             run, after = start.run, before
         memory = peak_gb(self.device)["peak_gb"]
+        self._free()
         heldout = self.evaluate(trial, run, trial.heldout, "heldout")
         other = self.evaluate(trial, run, trial.other, "other")
         long: Row = {}
@@ -240,20 +245,27 @@ class Lab:
         return {"row": row, "teacher": teacher, **({"curve": read_curve(trial)} if clock.steps else {})}
 
     def judge(self, trial: Trial, run: Path) -> Row:
-        """What the judges find that the trial asks for."""
+        """What the judges find that the trial asks for; `unjudged` says why one found nothing."""
         found: Row = {}
-        if "zero_shot" in trial.judges:
-            documents = FEW_DOCUMENTS if trial.budget.name == "small" else DOCUMENTS
-            student = zero_shot_figures(run / "zero_shot.json", documents, run=str(run))
-            if not self._teacher_zero_shot:
-                folder = str(Cache(trial.heldout).manifest.teacher_path)
-                out = run / "zero_shot_teacher.json"
-                self._teacher_zero_shot = zero_shot_figures(out, documents, teacher=folder)["tasks"]
-            found["zero_shot"] = {**student, "teacher": self._teacher_zero_shot}
-        if "attention" in trial.judges:
-            picture = trial.run.parent.parent / "pictures" / f"attention-{trial.arm.name}-{trial.seed}.png"
-            found["attention"] = attention_figures(run, trial.heldout, picture)
+        for name in trial.judges:
+            try:
+                if name == "zero_shot":
+                    found[name] = self._zero_shot(trial, run)
+                else:
+                    picture = trial.run.parent.parent / "pictures" / f"attention-{trial.arm.name}-{trial.seed}.png"
+                    found[name] = attention_figures(run, trial.heldout, picture)
+            except (UserError, RuntimeError) as error:  # a student that was trained is worth its row
+                found.setdefault("unjudged", {})[name] = str(error)
         return found
+
+    def _zero_shot(self, trial: Trial, run: Path) -> Row:
+        documents = FEW_DOCUMENTS if trial.budget.name == "small" else DOCUMENTS
+        student = zero_shot_figures(run / "zero_shot.json", documents, run=str(run))
+        if not self._teacher_zero_shot:
+            folder = str(Cache(trial.heldout).manifest.teacher_path)
+            out = run / "zero_shot_teacher.json"
+            self._teacher_zero_shot = zero_shot_figures(out, documents, teacher=folder)["tasks"]
+        return {**student, "teacher": self._teacher_zero_shot}
 
     def evaluate(self, trial: Trial, run: Path, cache: Path, name: str) -> dict[str, Any]:
         """What `student.evaluate` finds of a run's student on the held-out rows of a cache."""

@@ -7,9 +7,10 @@ on a GPU, and where the compiler does not work, the plain function itself is cal
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -40,7 +41,8 @@ class Compiled(Generic[P, R]):
         first = next(x for x in args if isinstance(x, Tensor))
         if first.device.type not in DEVICES or _failure:
             return self.plain(*args, **kwargs)
-        key = (torch.is_grad_enabled(), torch.is_autocast_enabled(first.device.type), *map(_guarded, args))
+        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled(first.device.type))
+        key = (*modes, torch.get_float32_matmul_precision(), *map(_guarded, args))
         is_static = self._seen.get(key)
         if is_static is not None:
             return (self._static if is_static else self._any)(*args, **kwargs)
@@ -66,6 +68,17 @@ class Compiled(Generic[P, R]):
 def _guarded(x: Any) -> Any:
     """What of an argument code is compiled for."""
     return (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else x
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Plain functions inside: for inputs of so many shapes that compiling would take longer than it saves."""
+    kept = set(DEVICES)
+    DEVICES.clear()
+    try:
+        yield
+    finally:
+        DEVICES.update(kept)
 
 
 def compiled(plain: Callable[P, R]) -> Compiled[P, R]:

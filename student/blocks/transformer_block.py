@@ -242,7 +242,13 @@ def rotary(
     return angles_Td.cos().float(), angles_Td.sin().float()
 
 
-kept_rotary = lru_cache(maxsize=4)(rotary)
+@lru_cache(maxsize=4)
+def kept_rotary(
+    length: int, first: int, width: int, theta: float, device: torch.device
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """`rotary`, made once."""
+    with torch.inference_mode(False):  # what is made in inference mode cannot be kept for a backward pass
+        return rotary(length, first, width, theta, device)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -120,7 +120,10 @@ class RunCheckpoint(Checkpoint):
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
-        self._restore_signals()
+        # A second Ctrl-C ends the run at once. A second SIGTERM (torchrun and Slurm may send one each) changes nothing:
+        # Lightning's own handler, which stood here before, would call the other ranks in the middle of a step.
+        if number == signal.SIGINT and number in self._former:
+            signal.signal(number, self._former.pop(number))
 
     def _restore_signals(self) -> None:
         while self._former:

@@ -161,6 +161,7 @@ class DistillModule(LightningModule):
         """Record graphs, if they are wanted and can be: before the loader's threads, whom no recording must meet."""
         trainer, data = self.trainer, self._data
         alone = trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
+        alone = alone and not isinstance(trainer.strategy, ShardedStrategy)
         lengths = {spec.length for spec in data.specs}
         if self.graphs and self.device.type == "cuda" and alone and len(lengths) == 1:
             assert self.model is not None

@@ -6,6 +6,8 @@ One GPU is enough for the first case: a rank alone goes the same way.
 from __future__ import annotations
 
 import csv
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,12 +44,14 @@ def train(cache: Path, run: Path, epochs_at_once: bool, *more: str) -> list[floa
         done = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
     else:  # killed after the first epoch's checkpoint
-        process = subprocess.Popen(command, env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("step 6/"):
                 break
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # rank 1 as well, which would wait for rank 0
         process.wait()
     with open(run / "metrics.csv", newline="") as file:
         return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]

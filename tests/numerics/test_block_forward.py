@@ -159,6 +159,28 @@ def test_without_a_compiler_the_plain_function_is_called_after_one_warning(monke
         assert function(torch.zeros(3)).tolist() == [1, 1, 1]
 
 
+@pytest.mark.usefixtures("compiled_on_cpu")
+def test_code_is_another_where_products_are_rounded_in_another_way() -> None:
+    function = Compiled(lambda x: x + 1)
+    function(torch.zeros(2))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high" if before == "highest" else "highest")
+        function(torch.zeros(2))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(function._seen) == 2
+
+
+@pytest.mark.usefixtures("compiled_on_cpu")
+def test_nothing_is_compiled_where_there_are_too_many_shapes() -> None:
+    function = Compiled(lambda x: x + 1)
+    with pytest.raises(KeyError), compiled.uncompiled():
+        assert function(torch.zeros(2)).tolist() == [1, 1]
+        raise KeyError
+    assert not function._seen and {"cpu"} == compiled.DEVICES
+
+
 def test_a_cpu_keeps_the_packages_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training on a CPU goes on bit for bit from checkpoints of before."""
     for name in ("mlstm_block", "slstm_block"):

@@ -64,6 +64,8 @@ class Signal(Callback):
         if trainer.global_step + 1 == self.step and not self.done:
             self.done = True
             os.kill(os.getpid(), self.number)
+            if self.number == signal.SIGTERM:  # as where torchrun and Slurm send one each
+                os.kill(os.getpid(), self.number)
 
 
 def train(arguments: list[str], monkeypatch: pytest.MonkeyPatch, stop_at: int = 0, number: int = signal.SIGINT) -> int:

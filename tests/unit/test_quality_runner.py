@@ -153,6 +153,19 @@ def test_further_judges(scratch: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert (first["arm"], student["arm"], chance["sciq"]) == ("teacher", "delta", "25.0") and student["sciq"] == "50.0"
 
 
+def test_a_judge_that_fails_costs_its_own_figures_only(
+    scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise UserError("data/zero_shot cannot be fetched")
+
+    monkeypatch.setattr("benchmarks.quality.trial.zero_shot_figures", refuse)
+    judged = replace(trial(scratch, tmp_path / "runs", "ce"), judges=("zero_shot", "attention"))
+    row = Lab(Table(scratch / "caches" / "small" / "experiment")).run(judged)["row"]
+    assert row["unjudged"] == {"zero_shot": "data/zero_shot cannot be fetched"}
+    assert "zero_shot" not in row and row["attention"]["rows"] > 0 and row["heldout"]["ce"] > 0
+
+
 @pytest.mark.parametrize("arm", ["ce", "paper", "frobenius-w16", "renormalised-k8", "tail-k8", "attention-signed-drop"])
 def test_arms_of_every_kind_train(scratch: Path, tmp_path: Path, arm: str) -> None:
     caches = scratch / "caches" / "small"

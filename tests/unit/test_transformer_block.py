@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.cache import Cache
 from pipeline.commit import commit_json, read_json
 from pipeline.errors import UserError
+from student.blocks.transformer_block import kept_rotary
 from student.evaluate import EvaluateOptions, evaluate
 from student.generate import generate
 from student.model import DistilXLSTM, StudentConfig, check_shape
@@ -49,6 +50,14 @@ def test_every_parameter_receives_a_gradient(model: DistilXLSTM) -> None:
     (out.h_BTD.square().sum() + sum(m.square().sum() for m in out.maps.values())).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
     assert model.mlstm_blocks == (0, 1) and model.config.slstm_blocks() == ()
+
+
+def test_what_a_validation_kept_is_of_use_in_training(model: DistilXLSTM) -> None:
+    """The table of rotary positions may first be asked for in inference mode."""
+    kept_rotary.cache_clear()
+    with torch.inference_mode():
+        model(tokens(2, 16))
+    model(tokens(2, 16)).h_BTD.sum().backward()
 
 
 def test_a_fresh_block_attends_and_gates_nothing_away() -> None:
