@@ -178,7 +178,7 @@ def test_nothing_is_compiled_where_there_are_too_many_shapes() -> None:
     with pytest.raises(KeyError), compiled.uncompiled():
         assert function(torch.zeros(2)).tolist() == [1, 1]
         raise KeyError
-    assert not function._seen and {"cpu"} == compiled.DEVICES
+    assert not function._seen and "cpu" in compiled.DEVICES
 
 
 def test_a_cpu_keeps_the_packages_forward(monkeypatch: pytest.MonkeyPatch) -> None:
