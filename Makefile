@@ -2,11 +2,14 @@
 
 PYTHON ?= python3
 PY := .venv/bin/python
-SHARDS ?= 64
-DUMP ?= embedded
+SHARDS ?=
+# What reads takes the demo's cache and run while there are no others.
+READS = eval zero-shot attention-distance generate export inspect verify card report
+DUMP ?= $(if $(and $(filter $(READS),$(MAKECMDGOALS)),$(wildcard caches/demo)),$(if $(wildcard caches/embedded),embedded,demo),embedded)
 STUDENT ?= demo
 CACHE = caches/$(DUMP)
-RUN = runs/$(STUDENT)
+# A run is of a student and a cache: demo on caches/demo is runs/demo, on caches/mine it is runs/demo-mine.
+RUN = runs/$(STUDENT)$(addprefix -,$(filter-out $(STUDENT),$(notdir $(CACHE))))
 SHARD ?= 0
 OUT = exports/$(notdir $(RUN))
 PROMPT ?= The history of science is
@@ -38,7 +41,7 @@ help: ## show this
 	@echo; printf '  %-10s %-28s %s\n' variable default meaning \
 	  DUMP '$(DUMP)' 'what to dump: a file in manifests/dumps' \
 	  STUDENT '$(STUDENT)' 'what to train: a file in manifests/students' \
-	  SHARDS '$(SHARDS)' 'training shards of the dump' \
+	  SHARDS '$(or $(SHARDS),what DUMP says)' 'training shards of the dump' \
 	  CACHE '$(CACHE)' 'folder of the dump' \
 	  RUN '$(RUN)' 'folder of the training run' \
 	  SHARD '$(SHARD)' 'shard that inspect shows' \
@@ -76,7 +79,7 @@ lint: ready ## ruff: rules and format
 	$(PY) -m ruff format --check .
 
 dump-teacher: ready ## run the teacher once over the corpus; goes on where it stopped
-	$(PY) -m teacher_dump --manifest manifests/dumps/$(DUMP).yaml --shards $(SHARDS) --cache $(CACHE) $(ENGINES) $(ARGS)
+	$(PY) -m teacher_dump --manifest manifests/dumps/$(DUMP).yaml $(if $(SHARDS),--shards $(SHARDS)) --cache $(CACHE) $(ENGINES) $(ARGS)
 
 first-dump: ready
 	@$(if $(filter file,$(origin CACHE)),test -e $(CACHE)/manifest.json || $(AGAIN) dump-teacher,:)
@@ -115,7 +118,7 @@ card: ready ## write the README of a cache: a data set card that datasets.load_d
 report: ready ## one HTML page on cache and run
 	@$(PY) -m pipeline report --cache $(CACHE) --run $(RUN) $(ARGS)
 
-bench: ready ## measure: storage, and on a GPU kernels and dump throughput; tables and benchmarks/results
+bench: ready ## measure: storage, and on a GPU kernels and throughput, up to an hour; writes benchmarks/results
 	$(PY) -m benchmarks
 
 experiments: ready ## train and evaluate the arms of manifests/experiments that have no figures yet (wants a GPU)

@@ -1,14 +1,23 @@
-"""`python -m benchmarks`: every benchmark that this machine can run."""
+"""`python -m benchmarks`: every benchmark that this machine can run, with its defaults.
+
+Storage everywhere; on a GPU also kernels, dump_throughput, train_throughput and decode, up to an hour in all. Each
+writes benchmarks/results/NAME.json and is a command of its own: `python -m benchmarks.storage --help`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
 from benchmarks.measured import device_name
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
+    """Returns how many failed."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(words)
     import torch
 
     names = ["storage"]

@@ -134,8 +134,21 @@ class Cache:
                 raise
             return ShardFile(self.path, now, self.spec, self.copies)
 
+    def unindexed(self) -> int:
+        """How many committed shards the index does not have: all, if it is damaged."""
+        units, _ = units_of_files(self.path)
+        try:
+            found = read_index(self.path)
+        except UserError:
+            found = None
+        return len(units) if found is None else int((~np.isin(units, found[1].unit)).sum())
+
     def build_index(self) -> int:
-        """Write the index of all committed shards; returns their number."""
+        """Write the index of all committed shards, of what there is and their JSON; returns their number."""
+        try:
+            read_index(self.path)
+        except UserError:
+            (self.path / INDEX).unlink(missing_ok=True)  # damaged
         entries = self._entries_of(units_of_files(self.path)[0])
         write_index(self.path, entries, {name: getattr(self.manifest, name) for name in ("compat_id", "data_id")})
         return len(entries)

@@ -79,7 +79,7 @@ def run_with(config: DumpConfig, engines: Engines) -> DumpResult:
             clear_dead_claims(work.cache)  # of workers, or of dumps beside this one, that were killed meanwhile
     require_cache(work)
     cache = Cache(work.cache)
-    if len(progress.written) >= WORTH_WHILE:
+    if progress.written and cache.unindexed() >= WORTH_WHILE:
         cache.build_index()
     there = [cache.shards(split) for split in ("train", "heldout")]
     tokens = sum(int(shards.tokens.sum()) for shards in there)

@@ -150,6 +150,16 @@ def test_without_shards_there_is_no_index(cache: Cache) -> None:
     assert not list(cache.path.glob("index*")) and len(cache.shards()) == 0
 
 
+def test_a_damaged_index_is_built_anew(cache: Cache) -> None:
+    assert cache.unindexed() == 6
+    cache.build_index()
+    assert cache.unindexed() == 0
+    commit_toy_shard(cache.path, cache.manifest, 4, 2)
+    assert cache.unindexed() == 1
+    (cache.path / "index.json").write_text("{}")
+    assert cache.unindexed() == 7 and cache.build_index() == 7 and cache.unindexed() == 0
+
+
 def test_a_store_is_asked_for_the_index_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.build_index()
     store = fsspec.filesystem("memory")

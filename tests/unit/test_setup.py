@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -261,10 +262,10 @@ def test_the_project_needs_nothing_that_is_not_locked() -> None:
             assert need.specifier.contains(str(locked[name].specifier).removeprefix("=="))
 
 
-def make(*arguments: str) -> str:
+def make(*arguments: str, folder: Path = REPOSITORY) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     done = subprocess.run(
-        ["make", "--no-print-directory", *arguments], cwd=REPOSITORY, capture_output=True, text=True, env=environment
+        ["make", "--no-print-directory", *arguments], cwd=folder, capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -290,8 +291,29 @@ def test_training_dumps_first_only_into_the_default_cache() -> None:
     assert "dump" not in make("-n", "train-student", "CACHE=elsewhere/mine")
 
 
+def test_a_run_of_another_cache_is_another_run(tmp_path: Path) -> None:
+    """The demo's run is not what a student of a further cache would go on with."""
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    runs = [
+        make("-n", "train-student", f"CACHE=caches/{name}", folder=tmp_path).split("--run ")[1].split()[0]
+        for name in ("demo", "embedded", "mine")
+    ]
+    assert runs == ["runs/demo", "runs/demo-embedded", "runs/demo-mine"]
+
+
+def test_what_reads_takes_the_demo_while_there_is_nothing_else(tmp_path: Path) -> None:
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    (tmp_path / "caches" / "demo").mkdir(parents=True)
+    line = make("-n", "eval", folder=tmp_path)
+    assert "--run runs/demo --cache caches/demo" in line
+    assert "--cache caches/embedded" in make("-n", "dump-teacher", folder=tmp_path)
+    (tmp_path / "caches" / "embedded").mkdir()
+    assert "--run runs/demo-embedded --cache caches/embedded" in make("-n", "eval", folder=tmp_path)
+
+
 def test_gpus_and_their_division_reach_the_dump() -> None:
     line = make("-n", "dump-teacher", "GPUS=4", "TP=2", "SHARDS=7").splitlines()[-1]
     assert "--shards 7" in line and "--gpus 4 --engine.tensor_parallel 2" in line
     line = make("-n", "dump-teacher").splitlines()[-1]
+    assert "--shards" not in line  # the manifest's
     assert "--gpus" not in line and "tensor_parallel" not in line
