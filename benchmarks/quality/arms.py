@@ -74,6 +74,7 @@ class Budget:
         seeds: that are run unless others are asked for.
         overrides: student options over the arm's own.
         dump: further options of the dumps.
+        most: what a transfer's options may be at most.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Budget:
     seeds: tuple[int, ...] = (0,)
     overrides: dict[str, Any] = field(default_factory=dict)
     dump: dict[str, Any] = field(default_factory=dict)
+    most: dict[str, int] = field(default_factory=dict)
 
 
 BUDGETS = {
@@ -93,6 +95,7 @@ BUDGETS = {
         passes=1,
         overrides={"model.student.blocks": 2, "data.batch_rows": 2, "trainer.log_every_n_steps": 1},
         dump={"length": 64, "tokens_per_shard": 512, "corpus.range_bytes": 65_536},
+        most={"align_tokens": 4096, "batch_rows": 2},
     ),
 }
 """screen: 4.2 M tokens once. headline: 14.9 M tokens, all that enwik8 has, four times. small: checks the runner."""

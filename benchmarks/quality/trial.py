@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -39,6 +40,9 @@ from student.training.module import KL_METRIC, DistillModule
 WARM_STEPS = 10
 """Steps before the clock of tokens_per_s starts: kernels are compiled in the first ones of a process."""
 CURVE_POINTS = 60
+BLOCKS = "model.student.blocks"
+RECOMMENDED = Path("manifests/students/recommended.yaml")
+"""The student that `student.from_teacher` makes unless told otherwise."""
 FIGURES = {"cross_entropy": "ce", "perplexity": "perplexity", "bits_per_byte": "bits_per_byte"}
 
 
@@ -349,7 +353,7 @@ def begin_from_teacher(trial: Trial) -> Path:
     Raises:
         UserError: see there.
     """
-    start = trial.arm.start
+    start, most = trial.arm.start or {}, trial.budget.most
     what = json.dumps([start, trial.seed, str(trial.train)], sort_keys=True)
     folder = trial.run.parent / f"start-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
     with exclusive(trial.run.parent, folder.name):
@@ -357,12 +361,22 @@ def begin_from_teacher(trial: Trial) -> Path:
             given = {
                 "run": folder, "cache": trial.train, "teacher": Cache(trial.train).manifest.teacher_path,
                 "seed": trial.seed,
-                **(start or {}),
+                **{name: min(value, most.get(name, value)) for name, value in start.items()},
             }  # fmt: skip
+            if blocks := trial.budget.overrides.get(BLOCKS):
+                given["student"] = smaller(RECOMMENDED, blocks, folder.with_suffix(".yaml"))
             command = importlib.import_module("student.from_teacher")
             if command.main(words(given)):
                 raise UserError(f"{trial}: student.from_teacher was interrupted")
     return folder
+
+
+def smaller(student: Path, blocks: int, out: Path) -> Path:
+    """A file of manifests/students with fewer blocks, written to `out`."""
+    content = yaml.safe_load(student.read_text(encoding="utf-8"))
+    content["model"]["student"]["blocks"] = blocks
+    out.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return out
 
 
 def figures(found: dict[str, Any], who: str) -> dict[str, float]:
