@@ -236,7 +236,7 @@ def test_arms_in_phases(scratch: Path, tmp_path: Path, monkeypatch: pytest.Monke
     for found, length in ((long, 2 * LENGTH), (short, LENGTH)):
         row = found["row"]
         assert (row["steps"], row["tokens"], row["share"]) == (1, ROWS * length, 0.25)
-        assert (row["tokens_before"], row["align_tokens"]) == (2 * ROWS * LENGTH, 2_000_000)
+        assert (row["tokens_before"], row["align_tokens"]) == (2 * ROWS * LENGTH, 4096)
         assert row["heldout"]["targets"] == ROWS * LENGTH and row["long"]["targets"] == ROWS * 2 * LENGTH
         assert [place[0] for place in row["long"]["by_position"]] == [0, 1, 2, 4, 8, 16, 32]
         assert all(len(place) == 4 and min(place[1:]) > 0 for place in row["long"]["by_position"])
@@ -250,9 +250,9 @@ def test_arms_in_phases(scratch: Path, tmp_path: Path, monkeypatch: pytest.Monke
     only_trial = trial(scratch, tmp_path, "start-only")
     only = lab.run(only_trial)
     row = only["row"]
-    assert (row["steps"], row["tokens"], row["tokens_before"], row["align_tokens"]) == (0, 0, 0, 2_000_000)
+    assert (row["steps"], row["tokens"], row["tokens_before"], row["align_tokens"]) == (0, 0, 0, 4096)
     assert row["heldout"]["kl_full"] > short["row"]["heldout"]["kl_full"] and "curve" not in only
-    assert asked == [2_000_000]  # one start for all of them
+    assert asked == [4096]  # one start for all of them
     start = next(tmp_path.glob("start-*/run.json")).parent
     assert read_json(start / "evaluation-heldout.json")["kl_full"] == row["heldout"]["kl_full"]
     assert (start / "checkpoints" / "last.ckpt").is_file() and not only_trial.run.exists()
