@@ -61,16 +61,31 @@ class Cache:
         Raises:
             UserError: a record or the index is damaged or belongs to another cache.
         """
-        return self._entries_of(listed_units(self.path, split))
+        return self._entries_of(listed_units(self.path, split), self._indexed())
 
-    def _entries_of(self, units: np.ndarray) -> ShardEntries:
-        """Of the committed shards among `units`, ordered by unit."""
-        entries = ShardEntries.of([])
+    def _indexed(self) -> ShardEntries:
+        """What the index holds, nothing without one.
+
+        Raises:
+            UserError: it is damaged or belongs to another cache.
+        """
         found = read_index(self.path)
-        if found is not None:
-            record, entries = found
-            self._check_identity(self.path / INDEX, record)
-            entries = entries.select(np.isin(entries.unit, units))
+        if found is None:
+            return ShardEntries.of([])
+        record, entries = found
+        self._check_identity(self.path / INDEX, record)
+        return entries
+
+    def _whole_index(self) -> ShardEntries:
+        """The same, nothing if it is of no use."""
+        try:
+            return self._indexed()
+        except UserError:
+            return ShardEntries.of([])
+
+    def _entries_of(self, units: np.ndarray, indexed: ShardEntries) -> ShardEntries:
+        """Of the committed shards among `units`, ordered by unit: from the index, the others from their JSON."""
+        entries = indexed.select(np.isin(indexed.unit, units))
         new = units[~np.isin(units, entries.unit)]
         records = (self._record_if_there(int(unit)) for unit in new)
         entries = entries.and_also(ShardEntries.of(record for record in records if record is not None))
@@ -135,21 +150,13 @@ class Cache:
             return ShardFile(self.path, now, self.spec, self.copies)
 
     def unindexed(self) -> int:
-        """How many committed shards the index does not have: all, if it is damaged."""
+        """How many committed shards the index does not have: all, if it is of no use."""
         units, _ = units_of_files(self.path)
-        try:
-            found = read_index(self.path)
-        except UserError:
-            found = None
-        return len(units) if found is None else int((~np.isin(units, found[1].unit)).sum())
+        return int((~np.isin(units, self._whole_index().unit)).sum())
 
     def build_index(self) -> int:
-        """Write the index of all committed shards, of what there is and their JSON; returns their number."""
-        try:
-            read_index(self.path)
-        except UserError:
-            (self.path / INDEX).unlink(missing_ok=True)  # damaged
-        entries = self._entries_of(units_of_files(self.path)[0])
+        """Write the index of all committed shards, from the one there is and their JSON; returns their number."""
+        entries = self._entries_of(units_of_files(self.path)[0], self._whole_index())
         write_index(self.path, entries, {name: getattr(self.manifest, name) for name in ("compat_id", "data_id")})
         return len(entries)
 

@@ -22,14 +22,7 @@ import numpy as np
 
 from pipeline.errors import UserError
 from teacher_dump.rows import CapturedRow, CaptureSpec, PackedRow
-from teacher_dump.vllm_process import (
-    StartLog,
-    keep_freed_pages,
-    message_sockets,
-    prepare_process,
-    shared_config,
-    shut_down,
-)
+from teacher_dump.vllm_process import StartLog, keep_freed_pages, prepare_process, shared_config, shut_down, sockets_of
 
 if TYPE_CHECKING:
     from teacher_dump.capture import CapturedStep, ModelFacts
@@ -206,7 +199,7 @@ class TeacherEngine:
         known = {field.name for field in fields(EngineArgs)}
         self._engine = LLMEngine.from_engine_args(EngineArgs(**{k: v for k, v in arguments.items() if k in known}))
         TeacherEngine._alive += 1
-        self._sockets = message_sockets(getattr(self._engine, "model_executor", None))
+        self._sockets = sockets_of(self._engine)
         return self._engine.collective_rpc("capture_install", args=(self.capture, length))[0]
 
     def _warm_up(self) -> None:

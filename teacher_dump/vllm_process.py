@@ -61,11 +61,12 @@ def keep_freed_pages() -> None:
         libc.mallopt(trim_threshold, 1 << 30)
 
 
-def message_sockets(executor: Any) -> list[Any]:
-    """The open sockets of the queues between an executor and its worker processes; none without worker processes.
+def sockets_of(engine: Any) -> list[Any]:
+    """The open sockets of the queues between an engine and its worker processes; none without worker processes.
 
     vLLM leaves them to the garbage collector, and until 0.32 that may wait for ever for a worker that has ended.
     """
+    executor = getattr(engine, "model_executor", None)
     queues = [getattr(executor, "rpc_broadcast_mq", None), *(getattr(executor, "response_mqs", None) or ())]
     for worker in getattr(executor, "workers", None) or ():
         queues += [
@@ -85,7 +86,7 @@ def shut_down(engine: Any, sockets: list[Any]) -> None:
     """End an engine, its worker processes, and what it would leave open.
 
     Args:
-        sockets: its `message_sockets`, taken when it started: an executor that has lost a worker forgets its queues.
+        sockets: its `sockets_of`, taken when it started: an executor that has lost a worker forgets its queues.
     """
     try:
         engine.engine_core.shutdown()

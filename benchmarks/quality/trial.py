@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.measured import Row, device_name, versions
 from benchmarks.meters import peak_gb, pick_device, reset_peak, wait
 from benchmarks.quality.arms import LONG_CACHE, Arm, Budget
+from benchmarks.quality.figures import by_position, figures, long_positions
 from benchmarks.quality.judges import DOCUMENTS, FEW_DOCUMENTS, attention_figures, zero_shot_figures
 from benchmarks.quality.results import TEACHER
 from pipeline.cache import Cache
@@ -43,7 +44,6 @@ CURVE_POINTS = 60
 BLOCKS = "model.student.blocks"
 RECOMMENDED = Path("manifests/students/recommended.yaml")
 """The student that `student.from_teacher` makes unless told otherwise."""
-FIGURES = {"cross_entropy": "ce", "perplexity": "perplexity", "bits_per_byte": "bits_per_byte"}
 
 
 @dataclass(frozen=True)
@@ -377,25 +377,6 @@ def smaller(student: Path, blocks: int, out: Path) -> Path:
     content["model"]["student"]["blocks"] = blocks
     out.write_text(yaml.safe_dump(content), encoding="utf-8")
     return out
-
-
-def figures(found: dict[str, Any], who: str) -> dict[str, float]:
-    """An evaluation's figures of the student or the teacher, in nats per target unless the name says otherwise."""
-    result = {short: found[f"{who}_{name}"] for name, short in FIGURES.items()}
-    if who == "student":
-        result |= {name: found[name] for name in ("kl_full", "kl_k1", "top1_agreement")}
-    return {**result, "targets": found["targets"]}
-
-
-def by_position(found: dict[str, Any], measure: str) -> list[list[float]]:
-    """First position of each bin and the cross-entropy there."""
-    return [[row["first"], row[measure]] for row in found["by_position"]]
-
-
-def long_positions(found: dict[str, Any]) -> list[list[float]]:
-    """First position of each bin, cross-entropy of student and teacher, and the KL between them there."""
-    names = ("first", "student_cross_entropy", "teacher_cross_entropy", "kl_full")
-    return [[row[name] for name in names] for row in found["by_position"]]
 
 
 def read_curve(trial: Trial) -> dict[str, Any]:

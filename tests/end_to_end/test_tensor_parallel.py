@@ -11,7 +11,7 @@ from helpers_teacher import VOCAB, assert_parity, hugging_face, make_teacher, pa
 
 from teacher_dump.engine import EngineOptions, TeacherEngine
 from teacher_dump.rows import CaptureSpec
-from teacher_dump.vllm_process import message_sockets
+from teacher_dump.vllm_process import sockets_of
 
 LENGTH = 64
 SPEC = CaptureSpec(k=16, taus=(1.0, 1.2, 1.5, 2.0), block=8, groups=2, window=16, tail_samples=5, seed=3)
@@ -25,7 +25,7 @@ def test_rows_of_two_ranks(tmp_path: Path) -> None:
     rows = packed_rows([64, 64, 1, 33], VOCAB)
     with TeacherEngine(teacher, length=LENGTH, capture=SPEC, options=OPTIONS) as engine:
         split = list(engine.stream(4, rows))
-        sockets = message_sockets(engine._engine.model_executor)
+        sockets = sockets_of(engine._engine)
     assert sockets and all(socket.closed for socket in sockets)
     with TeacherEngine(teacher, length=LENGTH, capture=SPEC, options=replace(OPTIONS, tensor_parallel=1)) as engine:
         whole = list(engine.stream(4, rows))

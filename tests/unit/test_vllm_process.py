@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import zmq
 
-from teacher_dump.vllm_process import message_sockets, shut_down
+from teacher_dump.vllm_process import shut_down, sockets_of
 
 
 class Queue:
@@ -24,14 +24,15 @@ def test_sockets_of_an_executor_that_has_lost_a_worker_are_closed() -> None:
     context: zmq.Context[Any] = zmq.Context()
     queue, answers = Queue(context), Queue(context)
     executor = SimpleNamespace(rpc_broadcast_mq=queue, response_mqs=[answers], workers=[])
-    sockets = message_sockets(executor)
+    engine = SimpleNamespace(model_executor=executor)
+    sockets = sockets_of(engine)
     assert len(sockets) == 4 and not any(socket.closed for socket in sockets)
     executor.rpc_broadcast_mq, executor.response_mqs = None, []
 
     def shutdown() -> None:
         raise KeyboardInterrupt
 
-    engine = SimpleNamespace(model_executor=executor, engine_core=SimpleNamespace(shutdown=shutdown))
+    engine.engine_core = SimpleNamespace(shutdown=shutdown)
     with pytest.raises(KeyboardInterrupt):
         shut_down(engine, sockets)
     assert all(socket.closed for socket in sockets)
@@ -39,4 +40,4 @@ def test_sockets_of_an_executor_that_has_lost_a_worker_are_closed() -> None:
 
 
 def test_an_engine_of_one_process_has_no_sockets() -> None:
-    assert message_sockets(SimpleNamespace()) == []
+    assert sockets_of(SimpleNamespace()) == []
