@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
+
+from pipeline.stop_signals import LOOK_SECONDS, raise_if_stopped
 
 Item = TypeVar("Item")
 
@@ -16,15 +19,16 @@ class Ahead(Iterator[Item]):
     def __init__(self, make: Callable[[], Iterable[Item]], depth: int) -> None:
         self._items: queue.Queue[tuple[str, object]] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
-        # Not a bound method: the thread must not keep the iterator alive that nobody reads any more.
-        arguments = (make, self._items, self._stop)
+        # Not a bound method: the thread must not keep the iterator alive that nobody reads any more. It looks whether
+        # there is one, since a Ctrl-C in a `__del__` would be lost.
+        arguments = (make, self._items, self._stop, weakref.ref(self))
         self._thread = threading.Thread(target=_fill, args=arguments, name="prefetch", daemon=True)
         self._thread.start()
 
     def __next__(self) -> Item:
         if self._stop.is_set():
             raise StopIteration
-        kind, value = self._items.get()
+        kind, value = self._next()
         if kind == "item":
             return value  # type: ignore[return-value]
         self._stop.set()
@@ -33,13 +37,17 @@ class Ahead(Iterator[Item]):
             raise value
         raise StopIteration
 
+    def _next(self) -> tuple[str, object]:
+        while True:
+            try:
+                return self._items.get(timeout=LOOK_SECONDS)
+            except queue.Empty:
+                raise_if_stopped()
+
     def close(self) -> None:
         """Stop the thread; there are no more items."""
         self._stop.set()
         self._thread.join()
-
-    def __del__(self) -> None:
-        self._stop.set()
 
 
 def ahead(make: Callable[[], Iterable[Item]], depth: int = 64) -> Ahead[Item]:
@@ -50,9 +58,14 @@ def ahead(make: Callable[[], Iterable[Item]], depth: int = 64) -> Ahead[Item]:
     return Ahead(make, depth)
 
 
-def _fill(make: Callable[[], Iterable[Item]], items: queue.Queue[tuple[str, object]], stop: threading.Event) -> None:
+def _fill(
+    make: Callable[[], Iterable[Item]],
+    items: queue.Queue[tuple[str, object]],
+    stop: threading.Event,
+    reader: weakref.ref[Ahead[Item]],
+) -> None:
     def put(kind: str, value: object) -> bool:
-        while not stop.is_set():
+        while not stop.is_set() and reader() is not None:
             try:
                 items.put((kind, value), timeout=0.1)
                 return True

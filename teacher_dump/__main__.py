@@ -19,8 +19,8 @@ def main() -> int:
 
     config = parse_into(DumpConfig, "python -m teacher_dump", DESCRIPTION, "--manifest")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    from pipeline.stop_signals import interrupt_on_sigterm
     from teacher_dump.dump import run_dump
-    from teacher_dump.stop_signals import interrupt_on_sigterm
 
     interrupt_on_sigterm()
     result = run_dump(config)

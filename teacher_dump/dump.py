@@ -13,6 +13,7 @@ from functools import partial
 from pipeline.cache import Cache
 from pipeline.claim import clear_dead_claims
 from pipeline.index import WORTH_WHILE
+from pipeline.stop_signals import stops_wait
 from teacher_dump.engine import default_rows_per_step
 from teacher_dump.gpus import EngineSlot, engine_slots
 from teacher_dump.pending import Units, pending_units, wanted_units
@@ -37,7 +38,8 @@ class DumpResult:
 
 
 Engines = Callable[[Work, Units, DumpProgress], list[str]]
-"""Sees to it that units are committed; returns a sentence for every worker lost on the way."""
+"""Sees to it that units are committed, and looks for stops, which are put off; returns a sentence for every worker lost
+on the way."""
 
 
 def run_dump(config: DumpConfig) -> DumpResult:
@@ -45,6 +47,7 @@ def run_dump(config: DumpConfig) -> DumpResult:
 
     Raises:
         UserError: see `engine_slots`, `prepare`, `take_shards`, `Workers.run`, `connected` and `RayWorkers.run`.
+        KeyboardInterrupt: on Ctrl-C, once nothing is half done.
     """
     if not config.ray:
         return run_with(config, partial(on_this_machine, engine_slots(config.gpus, config.engine.tensor_parallel)))
@@ -70,13 +73,14 @@ def run_with(config: DumpConfig, engines: Engines) -> DumpResult:
     clear_dead_claims(work.cache)
     units, pending = wanted_units(work), pending_units(work)
     tokens = len(pending) * config.tokens_per_shard
-    progress = DumpProgress(work.teacher.name, len(units), tokens, len(units) - len(pending))
-    try:
-        lost = engines(work, pending, progress)
-    finally:
-        progress.close()
-        with contextlib.suppress(OSError):  # what failed before it is what is told
-            clear_dead_claims(work.cache)  # of workers, or of dumps beside this one, that were killed meanwhile
+    with stops_wait():
+        progress = DumpProgress(work.teacher.name, len(units), tokens, len(units) - len(pending))
+        try:
+            lost = engines(work, pending, progress)
+        finally:
+            progress.close()
+            with contextlib.suppress(OSError):  # what failed before it is what is told
+                clear_dead_claims(work.cache)  # of workers, or of dumps beside this one, that were killed meanwhile
     require_cache(work)
     cache = Cache(work.cache)
     if progress.written and cache.unindexed() >= WORTH_WHILE:

@@ -10,6 +10,7 @@ import time
 from tqdm import tqdm
 
 from pipeline.shard import ShardRecord
+from pipeline.stop_signals import stops_come
 
 log = logging.getLogger("teacher_dump")
 
@@ -124,7 +125,8 @@ class DumpProgress:
 
     def wait(self, names: list[str], seconds: float) -> None:
         self.waits(len(names))
-        time.sleep(seconds)
+        with stops_come():
+            time.sleep(seconds)
 
     def say(self, text: str) -> None:
         """A line above the bar."""

@@ -15,10 +15,10 @@ from typing import Any
 from pipeline.claim_file import REFRESH_SECONDS
 from pipeline.claim_holders import Silence, free, free_if_dead, held_by, this_machine
 from pipeline.errors import UserError, one_line
+from pipeline.stop_signals import interrupt_on_sigterm
 from pipeline.store import is_remote
 from teacher_dump.gpus import THREADS, visible_gpus
 from teacher_dump.ray_engine import NODE, RayEngine
-from teacher_dump.stop_signals import interrupt_on_sigterm
 
 log = logging.getLogger("teacher_dump.ray")
 

@@ -20,11 +20,11 @@ from pipeline.commit import new_claim_id
 from pipeline.errors import UserError, one_line
 from pipeline.schema import unit_name
 from pipeline.shard import ShardRecord
+from pipeline.stop_signals import raise_if_stopped
 from pipeline.store import again, is_remote
 from teacher_dump.plan import Unit
 from teacher_dump.progress import DumpProgress
 from teacher_dump.ray_cluster import DeadClaims, EngineRoom
-from teacher_dump.stop_signals import stops_wait
 from teacher_dump.work import Work
 
 POLL_SECONDS = 0.5
@@ -142,11 +142,13 @@ class RayWorkers:
                 self._payload = ray.put(pickle.dumps((self.work, self._start)))
                 self.progress.say(f"loading teacher {self.work.teacher.name} in vLLM on {self._cluster()}")
             while self.left:
+                raise_if_stopped()
                 self._recruit(marker)
                 self._look_at_blocked()
                 self._listen()
             deadline = time.monotonic() + STOP_SECONDS
             while any(e.ready and e.asks != "idle" for e in self.engines) and time.monotonic() < deadline:
+                raise_if_stopped()
                 self._listen()  # the last shards are committed, their claims not released yet
         finally:
             try:
@@ -198,8 +200,7 @@ class RayWorkers:
             return
         if ray.wait(list(calls), timeout=POLL_SECONDS)[0]:
             for call in ray.wait(list(calls), num_returns=len(calls), timeout=0)[0]:
-                with stops_wait():  # a message is taken in once: what it tells cannot be told again
-                    self._hear(calls[call])
+                self._hear(calls[call])
 
     def _hear(self, engine: Engine) -> None:
         ray = self.room.ray
@@ -368,8 +369,7 @@ class RayWorkers:
                 ready, _ = self.room.ray.wait([engine.call for engine in working], timeout=POLL_SECONDS)
                 for engine in working:
                     if engine.call in ready:
-                        with stops_wait():
-                            self._hear(engine)
+                        self._hear(engine)
         finally:
             for engine in self.engines:
                 self.room.end(engine.actor, engine.group)

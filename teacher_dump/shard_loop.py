@@ -19,12 +19,12 @@ from pipeline.errors import UserError
 from pipeline.prefetch import ahead
 from pipeline.schema import unit_name
 from pipeline.shard import Columns, ShardRecord, commit_shard
+from pipeline.stop_signals import raise_if_stopped, stops_come, stops_wait
 from teacher_dump.columns import ShardStatistics, row_groups
 from teacher_dump.engine import TeacherEngine
 from teacher_dump.packing import PackingCount, pack
 from teacher_dump.plan import Unit
 from teacher_dump.rows import PackedRow
-from teacher_dump.stop_signals import raise_if_stopped
 from teacher_dump.work import Work, is_done, require_cache
 from teacher_dump.writer import ShardWriter, ShardWriters
 
@@ -90,7 +90,8 @@ class ShardTaker:
         """Start the engine unless it runs."""
         if self._engine is None:
             self._report.loading()
-            self._engine = self._start(self._work)
+            with stops_come():  # it may take minutes
+                self._engine = self._start(self._work)
             raise_if_stopped()
             self._report.ready()
         return self._engine
@@ -131,14 +132,20 @@ def take_shards(work: Work, units: Sequence[Unit], report: WaitingReport) -> Non
 
     Raises:
         UserError: the teacher cannot run, or a unit has no text; what was captured and not committed is given up.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step at hand has ended; so is what was not committed.
     """
-    with ShardTaker(work, report) as taker:
-        while units:
-            held_elsewhere: list[Unit] = []
-            taker.take(units, held_elsewhere.append)
-            units = held_elsewhere
-            if units:
-                report.wait([unit_name(unit.unit) for unit in units], WAIT_SECONDS)
+    with stops_wait():
+        try:
+            with ShardTaker(work, report) as taker:
+                while units:
+                    held_elsewhere: list[Unit] = []
+                    taker.take(units, held_elsewhere.append)
+                    units = held_elsewhere
+                    if units:
+                        report.wait([unit_name(unit.unit) for unit in units], WAIT_SECONDS)
+        except Exception:
+            raise_if_stopped()  # a Ctrl-C reaches the teacher's ranks too, and the step fails without them
+            raise
 
 
 def claimed_jobs(
@@ -150,6 +157,7 @@ def claimed_jobs(
 ) -> Iterator[Job]:
     """Claim what is neither committed nor claimed by others, one unit at a time as it is asked for."""
     for unit in units:
+        raise_if_stopped()
         writers.wait_for_place()
         require_cache(work)
         if is_done(work, unit):
@@ -218,6 +226,7 @@ def capture_jobs(work: Work, engine: TeacherEngine, jobs: Iterator[Job], report:
                 upcoming = next(jobs, None)
 
     for number, row in engine.stream_units(units()):
+        raise_if_stopped()
         writers[number].put(row)
         report.captured(unit_name(number), row.packed.length)
         left[number] -= 1

@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.manifest import MANIFEST, Manifest, create_or_match
 from pipeline.schema import CacheSpec, unit_name
 from pipeline.shard import DamagedShard, read_record
+from pipeline.stop_signals import stops_wait
 from pipeline.store import is_remote
 from teacher_dump.plan import Plan, Unit, open_plan, store_plan
 from teacher_dump.settings import DumpConfig, resolve_engine, to_plain
@@ -60,9 +61,11 @@ def prepare(config: DumpConfig) -> Work:
     plan.unit(config.shards - 1, "train")
     if config.heldout_shards:
         plan.unit(config.heldout_shards - 1, "heldout")
-    write_teacher_folder(teacher, cache, claim)
-    store_plan(cache, plan, claim)
-    return Work(config, teacher, plan, create_or_match(cache, manifest), spec, cache)
+    with stops_wait():
+        write_teacher_folder(teacher, cache, claim)
+        store_plan(cache, plan, claim)
+        manifest = create_or_match(cache, manifest)
+    return Work(config, teacher, plan, manifest, spec, cache)
 
 
 def require_own_shards(cache: Path, manifest: Manifest) -> None:

@@ -24,11 +24,11 @@ from typing import Any, NoReturn
 from pipeline.errors import UserError, one_line
 from pipeline.schema import unit_name
 from pipeline.shard import ShardRecord
+from pipeline.stop_signals import interrupt_on_sigterm, no_more, raise_if_stopped, stops_come
 from teacher_dump.gpus import EngineSlot
 from teacher_dump.plan import Unit
 from teacher_dump.progress import DumpProgress
 from teacher_dump.shard_loop import take_shards
-from teacher_dump.stop_signals import interrupt_on_sigterm, no_more, stops_wait
 from teacher_dump.work import Work
 
 POLL_SECONDS = 0.5
@@ -83,13 +83,16 @@ class PipeReport:
     def wait(self, names: list[str], seconds: float) -> None:
         """Until the driver has news, or the time is over."""
         self.send("waiting", names)
-        if self._connection.poll(seconds):
+        with stops_come():
+            news = self._connection.poll(seconds)
+        if news:
             self._connection.recv()
 
 
 def worker_main(work: Work, units: Sequence[Unit], connection: Connection) -> None:
     """Body of a worker process. Exit status 1: it has sent why."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     interrupt_on_sigterm(repeat=True)
     threading.Thread(target=_end_with_driver, name="driver-watch", daemon=True).start()
     report = PipeReport(connection)
@@ -177,10 +180,11 @@ class Workers:
             resource_tracker.ensure_running()  # it cleans up after killed workers, and need not say so
         try:
             for number, slot in enumerate(self.slots):
-                with stops_wait():  # one that nobody knows of would not be ended
-                    self.workers.append(self._start(number, slot))
+                self.workers.append(self._start(number, slot))
+                raise_if_stopped()
             while living := [worker for worker in self.workers if not self._ended(worker)]:
                 ready = wait([worker.connection for worker in living if worker.open], POLL_SECONDS)
+                raise_if_stopped()
                 for worker in living:
                     if worker.connection in ready:
                         self._read(worker)
@@ -199,7 +203,7 @@ class Workers:
         process = context.Process(
             target=worker_main, args=(self.work, self.units, theirs), name=f"worker-{number}", daemon=False
         )
-        with _environment(slot.environment), _without_sigint():
+        with _environment(slot.environment), _sigint_blocked():
             process.start()
         theirs.close()
         return Worker(f"worker {number} ({slot.label})", process, ours)
@@ -326,10 +330,10 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_sigint() -> Iterator[None]:
-    """A process started inside ignores Ctrl-C from its first instruction."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _sigint_blocked() -> Iterator[None]:
+    """Ctrl-C does not end a process started inside before that one ignores it, and comes here afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -16,6 +16,7 @@ from types import TracebackType
 
 from pipeline.claim_file import Claim
 from pipeline.shard import ShardRecord
+from pipeline.stop_signals import LOOK_SECONDS, raise_if_stopped
 from teacher_dump.rows import CapturedRow
 
 SHARDS_AT_ONCE = 3
@@ -108,8 +109,10 @@ class ShardWriters:
         self._error: BaseException | None = None
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
-        """Wait with the lock held; raise what ended a writer meanwhile or before."""
-        self.changed.wait_for(lambda: self._error is not None or ready())
+        """Wait with the lock held; raise what ended a writer meanwhile or before, or KeyboardInterrupt on a stop."""
+        while self._error is None and not ready():
+            self.changed.wait(LOOK_SECONDS)
+            raise_if_stopped()
         if self._error is not None:
             raise self._error
 

@@ -18,6 +18,7 @@ from pipeline.commit import commit_json, read_json
 
 PARTS = {
     "kills": "kill -9 at random moments and at every step of the protocol, recorded rows",
+    "stops": "Ctrl-C and SIGTERM at random moments and at every line, recorded rows",
     "engine": "kill -9 of the real engine",
     "ray_kills": "kill -9 of workers, nodes and drivers on a Ray cluster",
     "damage": "truncated files and flipped bits",

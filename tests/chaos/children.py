@@ -55,8 +55,11 @@ class Child:
 
     def kill(self) -> None:
         """SIGKILL, now."""
+        self.send(signal.SIGKILL)
+
+    def send(self, number: signal.Signals) -> None:
         if self.status is None:
-            os.kill(self.pid, signal.SIGKILL)  # where it has ended it is not reaped yet: the number is still its own
+            os.kill(self.pid, number)  # where it has ended it is not reaped yet: the number is still its own
 
     def wait(self) -> int:
         """The exit status, negative for a signal's number; the process is reaped."""

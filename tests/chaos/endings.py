@@ -72,11 +72,17 @@ def wrong_words(status: int, met: list[tuple[str, str]], said: str) -> list[str]
     return wrong
 
 
-def as_command(stage: Stage, cache: Path, log: Path, **change: Any) -> int:
-    """The dump with its messages, as `python -m teacher_dump` ends it; `change` are other settings."""
+def as_command(stage: Stage, cache: Path, log: Path, first: Callable[[], object] = lambda: None, **change: Any) -> int:
+    """The dump with its messages, as `python -m teacher_dump` ends it.
+
+    Args:
+        first: called where a stop is caught already.
+        change: other settings.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
 
     def command() -> int:
+        first()
         result = run_recorded(stage, cache, log, **change)
         print(f"{cache}: {result.shards} shards")
         return 0

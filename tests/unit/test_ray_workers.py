@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 
+from pipeline import stop_signals
 from pipeline.errors import UserError
 from pipeline.schema import unit_name
 from pipeline.shard import ShardRecord
+from pipeline.stop_signals import interrupt_on_sigterm, stops_wait
 from teacher_dump import ray_workers
 from teacher_dump.plan import Unit
 from teacher_dump.progress import DumpProgress
 from teacher_dump.ray_cluster import EngineRoom, Node
 from teacher_dump.ray_workers import ATTEMPTS, LOSSES, RayWorkers
-from teacher_dump.stop_signals import interrupt_on_sigterm
 
 
 class RayError(Exception):
@@ -301,6 +302,7 @@ def test_a_stop_that_comes_while_a_message_is_taken_in(
     dump: Callable[..., RayWorkers], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     """What an engine told is taken in whole, and once, before the dump stops."""
+    monkeypatch.setattr(stop_signals, "_came", False)
     room = FakeRoom(["a", "b"], commits)
     workers = dump(room, 20)
     answer = workers._answer
@@ -315,7 +317,7 @@ def test_a_stop_that_comes_while_a_message_is_taken_in(
     before = signal.getsignal(signal.SIGTERM)
     interrupt_on_sigterm()
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), stops_wait():  # as in every dump
             workers.run()
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from teacher_dump.stop_signals import interrupt_on_sigterm, stops_wait
+from pipeline import stop_signals
+from pipeline.stop_signals import interrupt_on_sigterm, raise_if_stopped, stops_come, stops_wait
 
 
 @pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
+def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(stop_signals, "_came", False)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -27,7 +29,6 @@ def test_what_is_done_inside_is_done_whole(number: signal.Signals) -> None:
     done = []
     with pytest.raises(KeyboardInterrupt):
         with stops_wait():
-            os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
             done.append("inside")
         done.append("after")
@@ -63,3 +64,64 @@ def test_other_threads_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert done == ["inside"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_comes_where_it_is_looked_for(number: signal.Signals) -> None:
+    interrupt_on_sigterm()
+    before = {stop: signal.getsignal(stop) for stop in (signal.SIGINT, signal.SIGTERM)}
+    done = []
+    with pytest.raises(KeyboardInterrupt), stops_wait():
+        with stops_wait():  # of something that may be called alone too
+            os.kill(os.getpid(), number)
+            done.append("inner")
+        done.append("outer")
+        raise_if_stopped()
+        done.append("after")
+    assert done == ["inner", "outer"]
+    assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT]
+    assert signal.getsignal(signal.SIGTERM) in (before[signal.SIGTERM], signal.SIG_IGN)
+
+
+def test_a_second_ctrl_c_comes_at_once() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), stops_wait():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("first")
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("second")
+    assert done == ["first"]
+
+
+def test_a_second_sigterm_changes_nothing() -> None:
+    """A scheduler and a driver may send one each."""
+    interrupt_on_sigterm()
+    done = []
+    with pytest.raises(KeyboardInterrupt), stops_wait():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("inside")
+    assert done == ["inside"]
+
+
+def test_stops_come_as_they_come_in_between() -> None:
+    """And what is cleaned up after them is not disturbed by the next one."""
+    done = []
+    with pytest.raises(KeyboardInterrupt), stops_wait():
+        try:
+            with stops_come():
+                os.kill(os.getpid(), signal.SIGINT)
+                done.append("not stopped")
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("cleaned up")
+    assert done == ["cleaned up"]
+
+
+def test_what_came_before_comes_first() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), stops_wait():
+        os.kill(os.getpid(), signal.SIGINT)
+        with stops_come():
+            done.append("begun")
+    assert not done
