@@ -38,6 +38,8 @@ class Script:
         dies_at: shards at whose first row the process ends.
         complains_at: shards at whose first row a sentence is raised.
         steps_file: a line is added here for every step, to count the work.
+        waits_at: a shard; at it and those after it engines wait until the file `until` is there, so that the dump is
+            not over before the test has done what it is to do.
     """
 
     pace: float = 0.02
@@ -45,6 +47,8 @@ class Script:
     dies_at: tuple[str, ...] = ()
     complains_at: tuple[str, ...] = ()
     steps_file: str = ""
+    waits_at: str = ""
+    until: str = ""
 
 
 class ReplayEngine:
@@ -76,6 +80,8 @@ class ReplayEngine:
             os._exit(1)
         if name in self.script.complains_at:
             raise UserError(f"{name} is poison")
+        while self.script.waits_at and name >= self.script.waits_at and not os.path.exists(self.script.until):
+            time.sleep(0.01)
         time.sleep(self.script.pace)
         if self.script.steps_file:
             with open(self.script.steps_file, "a") as file:
