@@ -74,7 +74,7 @@ class RayCluster:
     def remove_all(self) -> None:
         """All but the head."""
         for node in list(self.nodes):
-            self.remove(node)
+            self.remove(node, gently=True)
         for process in list(self.apart):
             self.remove_apart(process)
 
