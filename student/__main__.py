@@ -177,6 +177,8 @@ class TrainCLI(LightningCLI):
                     f"rank {self.trainer.global_rank} lost another rank, whose own message says why: when that is "
                     "mended, run the same command again"
                 ) from None
+            if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None  # Ctrl-C before the first step, which Lightning makes an exit of
             raise
         best = self.run_folder / "checkpoints" / BEST
         lowest = f", lowest held-out cross-entropy in {best}" if best.is_file() else ""

@@ -130,6 +130,23 @@ def test_a_terminated_run_saves_and_says_how_to_go_on(
     assert {number: signal.getsignal(number) for number in before} == before
 
 
+def test_ctrl_c_before_the_first_step_is_told_as_elsewhere(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class AtStart(Callback):
+        def setup(self, *_: Any, **__: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(command, "TRAINER_DEFAULTS", {**command.TRAINER_DEFAULTS, "callbacks": [AtStart()]})
+    try:
+        assert run_command(lambda: command.main(options(cache, tmp_path / "run"))) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning has it ignored
+    assert "run the same command to go on" in capsys.readouterr().err
+    assert train(options(cache, tmp_path / "run"), monkeypatch) == 0
+
+
 def test_a_kill_resumes_from_the_last_checkpoint(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(Callback):
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
