@@ -59,12 +59,12 @@ def main() -> int:
 class Record:
     """The JSON file: written after each part, since an hour should not be lost to its last minute.
 
-    Parts that another run with the same seed and size on the same machine left there are kept.
+    Parts that another run with the same seed and size left there are kept; each says where it ran.
     """
 
     def __init__(self, path: Path | None, seed: int, small: bool) -> None:
         self.path = path
-        self.head = {"device": cpu_name(), "seed": seed, "small": small}
+        self.head = {"seed": seed, "small": small}
         self.parts: dict[str, dict[str, Any]] = {}
         if path is not None and path.is_file():
             before = read_json(path)
@@ -72,7 +72,7 @@ class Record:
                 self.parts = before["parts"]
 
     def add(self, name: str, seconds: float, figures: list[Figure]) -> None:
-        self.parts[name] = {"seconds": seconds, "rows": [vars(figure) for figure in figures]}
+        self.parts[name] = {"device": cpu_name(), "seconds": seconds, "rows": [vars(figure) for figure in figures]}
         if self.path is not None:
             known = {part: self.parts[part] for part in PARTS if part in self.parts}
             commit_json(self.path, {**self.head, "parts": known})
