@@ -25,23 +25,32 @@ _came = False
 
 
 def interrupt_on_sigterm(repeat: bool = False) -> None:
-    """Raise KeyboardInterrupt in the main thread on SIGTERM.
+    """Raise KeyboardInterrupt in the main thread on SIGTERM, and remember that it came, as for Ctrl-C.
 
     Args:
         repeat: again every `AGAIN_SECONDS`, until `no_more`.
     """
-
-    def stop(*_: Any) -> None:
-        global _came
-        _came = True
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if repeat:
-            signal.alarm(AGAIN_SECONDS)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, _stop_again if repeat else _stop)
     if repeat:
-        signal.signal(signal.SIGALRM, stop)
+        signal.signal(signal.SIGALRM, _stop_again)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(*_: Any) -> None:
+    global _came
+    _came = True
+    raise KeyboardInterrupt
+
+
+def _stop(*_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _interrupt()
+
+
+def _stop_again(*_: Any) -> None:
+    signal.alarm(AGAIN_SECONDS)
+    _stop()
 
 
 def no_more() -> None:
@@ -55,11 +64,13 @@ class _PutOff:
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
         self._came: int | None = None
+        self._interrupted = False
 
     def hold(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             handler = signal.getsignal(number)
-            if callable(handler) or handler == signal.SIG_DFL and number != signal.SIGALRM:
+            ours = handler == _stop_again  # an alarm may be somebody else's
+            if ours if number == signal.SIGALRM else callable(handler) or handler == signal.SIG_DFL:
                 self._before[number] = handler
                 signal.signal(number, self._note)
 
@@ -81,9 +92,11 @@ class _PutOff:
             signal.raise_signal(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == self._came == signal.SIGINT:
-            self.take_effect()
+        again = number == signal.SIGINT and self._interrupted
+        self._interrupted |= number == signal.SIGINT
         self._came = self._came or number
+        if again:
+            self.take_effect()
 
 
 _put_off: _PutOff | None = None
@@ -122,10 +135,10 @@ def stops_come() -> Iterator[None]:
         yield
         return
     put_off = _put_off
-    put_off.take_effect()
     try:
         put_off.release()
         _put_off = None
+        put_off.take_effect()
         yield
     finally:
         _put_off = put_off
@@ -133,8 +146,22 @@ def stops_come() -> Iterator[None]:
 
 
 def raise_if_stopped() -> None:
-    """Raise KeyboardInterrupt if a stop waits, or if SIGTERM came at any time before."""
+    """Raise KeyboardInterrupt if a stop waits, or if one came at any time before (see `interrupt_on_sigterm`)."""
     if _put_off is not None and _in_main_thread():
         _put_off.take_effect()
     if _came:
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def errors_of_stops() -> Iterator[None]:
+    """An error inside that comes with a stop is the stop.
+
+    C code that calls Python may make another exception of KeyboardInterrupt, and Ctrl-C reaches the teacher's ranks
+    too, without whom a step fails.
+    """
+    try:
+        yield
+    except Exception:
+        raise_if_stopped()
+        raise

@@ -13,7 +13,7 @@ from functools import partial
 from pipeline.cache import Cache
 from pipeline.claim import clear_dead_claims
 from pipeline.index import WORTH_WHILE
-from pipeline.stop_signals import stops_wait
+from pipeline.stop_signals import errors_of_stops, stops_wait
 from teacher_dump.engine import default_rows_per_step
 from teacher_dump.gpus import EngineSlot, engine_slots
 from teacher_dump.pending import Units, pending_units, wanted_units
@@ -69,9 +69,10 @@ def for_devices(config: DumpConfig, on_gpu: bool) -> DumpConfig:
 def run_with(config: DumpConfig, engines: Engines) -> DumpResult:
     """A dump whose missing units `engines` sees to; see `run_dump`."""
     started = time.monotonic()
-    work = prepare(config)
-    clear_dead_claims(work.cache)
-    units, pending = wanted_units(work), pending_units(work)
+    with errors_of_stops():
+        work = prepare(config)
+        clear_dead_claims(work.cache)
+        units, pending = wanted_units(work), pending_units(work)
     tokens = len(pending) * config.tokens_per_shard
     with stops_wait():
         progress = DumpProgress(work.teacher.name, len(units), tokens, len(units) - len(pending))

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.prefetch import ahead
 from pipeline.schema import unit_name
 from pipeline.shard import Columns, ShardRecord, commit_shard
-from pipeline.stop_signals import raise_if_stopped, stops_come, stops_wait
+from pipeline.stop_signals import errors_of_stops, raise_if_stopped, stops_come, stops_wait
 from teacher_dump.columns import ShardStatistics, row_groups
 from teacher_dump.engine import TeacherEngine
 from teacher_dump.packing import PackingCount, pack
@@ -134,18 +134,13 @@ def take_shards(work: Work, units: Sequence[Unit], report: WaitingReport) -> Non
         UserError: the teacher cannot run, or a unit has no text; what was captured and not committed is given up.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step at hand has ended; so is what was not committed.
     """
-    with stops_wait():
-        try:
-            with ShardTaker(work, report) as taker:
-                while units:
-                    held_elsewhere: list[Unit] = []
-                    taker.take(units, held_elsewhere.append)
-                    units = held_elsewhere
-                    if units:
-                        report.wait([unit_name(unit.unit) for unit in units], WAIT_SECONDS)
-        except Exception:
-            raise_if_stopped()  # a Ctrl-C reaches the teacher's ranks too, and the step fails without them
-            raise
+    with stops_wait(), errors_of_stops(), ShardTaker(work, report) as taker:
+        while units:
+            held_elsewhere: list[Unit] = []
+            taker.take(units, held_elsewhere.append)
+            units = held_elsewhere
+            if units:
+                report.wait([unit_name(unit.unit) for unit in units], WAIT_SECONDS)
 
 
 def claimed_jobs(

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from pipeline.commit import DigestingFile, canonical_json, commit_file, commit_json, file_sha256
 from pipeline.errors import UserError, one_line
+from pipeline.stop_signals import stops_wait
 from pipeline.teacher_folder import TeacherFacts, TeacherFolder, facts_record
 from teacher_dump.embedded import resolve_embedded
 from teacher_dump.head_file import write_safetensors
@@ -210,7 +211,7 @@ def find_tensor(files: list[Path], names: tuple[str, ...], path: Path) -> torch.
     for file in files:
         for name in names:
             if name in _names(file):
-                with safe_open(str(file), framework="pt") as tensors:
+                with stops_wait(), safe_open(str(file), framework="pt") as tensors:  # torch makes a ValueError of them
                     return tensors.get_tensor(name)
     raise UserError(f"teacher {path} has none of the tensors {', '.join(names)}: its architecture is not known here")
 

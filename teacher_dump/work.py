@@ -55,7 +55,8 @@ def prepare(config: DumpConfig) -> Work:
     )
     claim = new_claim_id()
     if (cache / MANIFEST).is_file():
-        manifest = create_or_match(cache, manifest)
+        with stops_wait():
+            manifest = create_or_match(cache, manifest)
     else:
         require_own_shards(cache, manifest)
     plan.unit(config.shards - 1, "train")

@@ -21,6 +21,7 @@ from chaos.endings import as_command, judged, told
 from chaos.figure import Figure
 from chaos.recorded import Stage
 from chaos.trials import done_with, fresh, last_line, output
+from pipeline import stop_signals
 from teacher_dump import shard_loop, workers
 
 ENGINES = 2
@@ -31,6 +32,13 @@ def run_several(stage: Stage, cache: Path, log: Path) -> int:
     fork = multiprocessing.get_context("fork")
     workers.multiprocessing.get_context = lambda kind: fork  # type: ignore[attr-defined]
     workers.resource_tracker.ensure_running = lambda: None  # type: ignore[attr-defined]
+    real = workers.worker_main
+
+    def as_if_spawned(*given: Any) -> None:
+        stop_signals._put_off = None
+        real(*given)
+
+    workers.worker_main = as_if_spawned
     workers.POLL_SECONDS, shard_loop.WAIT_SECONDS = 0.01, 0.02
     return as_command(stage, cache, log, gpus=ENGINES)
 

@@ -148,7 +148,10 @@ def stopped(
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
             before()
 
-        status = as_command(stage, cache, log, first)
+        try:
+            status = as_command(stage, cache, log, first)
+        except KeyboardInterrupt:
+            status = 0  # it came after the command's end
         sys.settrace(None)
         for number in STOPS:
             signal.signal(number, signal.SIG_IGN)

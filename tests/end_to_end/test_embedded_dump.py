@@ -14,6 +14,8 @@ from pipeline.cache import Cache
 from pipeline.inspection import column_facts
 from pipeline.verify import verify_cache
 
+pytestmark = pytest.mark.timeout(1800)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -24,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--heldout_shards", "0", "--tokens_per_shard", "16384", "--cache", str(root / "caches" / "demo")),
     ]
     done = subprocess.run(
-        command, env=environment(OMP_NUM_THREADS="2"), cwd=REPOSITORY, capture_output=True, text=True, timeout=500
+        command, env=environment(OMP_NUM_THREADS="2"), cwd=REPOSITORY, capture_output=True, text=True, timeout=1700
     )
     assert done.returncode == 0, done.stderr
     return root

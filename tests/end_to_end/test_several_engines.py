@@ -99,7 +99,7 @@ def test_without_any_worker_left_the_run_fails_with_the_cause(teacher: Path, cor
     process = start(teacher, corpus, cache)
     for pid in both_loading(process, cache):
         os.kill(pid, signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 2
     assert f"error: all 2 workers stopped with {SHARDS + 1} shards left: it was killed (SIGKILL" in errors
     assert "Traceback" not in errors
@@ -109,7 +109,8 @@ def test_what_every_worker_refuses_is_told_once_more_at_the_end(teacher: Path, c
     done = dump(teacher, corpus, tmp_path / "cache", SHARDS, "--gpus", "3", "--engine.enforce_eager", "false")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: all 3 workers stopped with 25 shards left: enforce_eager:")
-    assert done.stderr.count("set it to true") == 2, done.stderr  # when the first one stops, and as the run's error
+    # As the run's error, and before, when the first one stops, unless all have ended within one look.
+    assert done.stderr.count("set it to true") in (1, 2), done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -118,7 +119,7 @@ def test_interrupt_stops_all_workers(teacher: Path, corpus: Path, tmp_path: Path
     process = start(teacher, corpus, cache)
     workers = both_loading(process, cache)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130, errors
     assert "run the same command to go on" in errors and "Traceback" not in errors
     assert not any(lives(pid) for pid in workers)
@@ -130,5 +131,5 @@ def test_workers_do_not_outlive_a_killed_driver(teacher: Path, corpus: Path, tmp
     process = start(teacher, corpus, cache)
     workers = both_loading(process, cache)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert within(60, lambda: not any(lives(pid) for pid in workers))

@@ -53,7 +53,7 @@ def test_a_task_near_its_time_limit_goes_on_after_a_requeue(
     process = subprocess.Popen(**start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert within(120, lambda: bool(list(cache.glob(".shard-00008.parquet.*.tmp"))), process)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert "run the same command to go on" in output and "this task is put back in the queue" in output
     assert (tmp_path / "scontrol").read_text() == "requeue 4711\n"
@@ -82,5 +82,5 @@ def test_tasks_that_have_nothing_to_do(
 ) -> None:
     start = task(number, tmp_path)
     start["env"].update(more)
-    done = subprocess.run(**start, capture_output=True, timeout=60)
+    done = subprocess.run(**start, capture_output=True, timeout=240)
     assert done.returncode == status and told in done.stdout + done.stderr

@@ -132,7 +132,7 @@ def test_live_claim_is_refreshed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(claim_file, "REFRESH_SECONDS", 0.01)
     with held(try_claim(tmp_path, "shard-00000")):
         set_age(path_of(tmp_path), 1000)
-        deadline = time.monotonic() + 3
+        deadline = time.monotonic() + 60
         while time.time() - path_of(tmp_path).stat().st_mtime > 100:
             assert time.monotonic() < deadline, "the claim was not refreshed"
             time.sleep(0.01)

@@ -340,7 +340,9 @@ def test_prefetch_keeps_order_and_bound() -> None:
     for _ in range(100):
         threads[0].join(0.005)
     assert len(made) <= 1 + 3 + 1
-    assert list(items) == list(range(1, 50)) and not threads[0].is_alive()
+    assert list(items) == list(range(1, 50))
+    threads[0].join(10)
+    assert not threads[0].is_alive()
 
 
 def test_leaving_the_prefetch_early_stops_its_thread() -> None:

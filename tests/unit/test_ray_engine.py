@@ -69,7 +69,7 @@ def test_what_is_missing_is_named(gone: str, told: str, work: Any) -> None:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> RayEngine:
     """The actor's object without its thread and without Ray."""
-    monkeypatch.setattr("teacher_dump.ray_engine.TELL_SECONDS", 0.2)
+    monkeypatch.setattr("teacher_dump.ray_engine.TELL_SECONDS", 2.0)
     engine = RayEngine.__new__(RayEngine)
     engine._open_mailbox()
     return engine
@@ -81,12 +81,12 @@ def test_tokens_are_told_in_sums_and_before_what_follows_them(engine: RayEngine)
     engine.captured("shard-00002", 7)
     started = time.monotonic()
     assert engine.exchange(None) == [("captured", "shard-00001", 150), ("captured", "shard-00002", 7)]
-    assert time.monotonic() - started >= 0.2, "tokens alone are not urgent"
+    assert time.monotonic() - started >= 2.0, "tokens alone are not urgent"
     engine.captured("shard-00001", 1)
     engine.by_other("shard-00001", 512)
     started = time.monotonic()
     assert engine.exchange(None) == [("captured", "shard-00001", 1), ("by_other", "shard-00001", 512)]
-    assert time.monotonic() - started < 0.2
+    assert time.monotonic() - started < 1.5
     assert engine.exchange(None) == []
 
 

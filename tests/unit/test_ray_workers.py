@@ -314,13 +314,14 @@ def test_a_stop_that_comes_while_a_message_is_taken_in(
         return given
 
     monkeypatch.setattr(workers, "_answer", answer_and_stop)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {stop: signal.getsignal(stop) for stop in (signal.SIGINT, signal.SIGTERM)}
     interrupt_on_sigterm()
     try:
         with pytest.raises(KeyboardInterrupt), stops_wait():  # as in every dump
             workers.run()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
     assert len(workers.progress.written) == 20 - workers.left < 20
     assert all(engine.ended for engine in room.engines)
 

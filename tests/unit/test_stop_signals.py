@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipeline import stop_signals
-from pipeline.stop_signals import interrupt_on_sigterm, raise_if_stopped, stops_come, stops_wait
+from pipeline.stop_signals import errors_of_stops, interrupt_on_sigterm, raise_if_stopped, stops_come, stops_wait
 
 
 @pytest.fixture(autouse=True)
@@ -125,3 +125,42 @@ def test_what_came_before_comes_first() -> None:
         with stops_come():
             done.append("begun")
     assert not done
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_made_of_a_stop_is_a_stop(number: signal.Signals) -> None:
+    """C code that calls Python may make another exception of it, or none."""
+    interrupt_on_sigterm()
+    with pytest.raises(KeyboardInterrupt), errors_of_stops():
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt:
+            raise ValueError("I/O operation on closed file") from None
+    with pytest.raises(KeyboardInterrupt):
+        raise_if_stopped()
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(ValueError, match="a cause"), errors_of_stops():
+        raise ValueError("a cause")
+
+
+def test_ctrl_c_after_a_sigterm_waits_and_a_second_comes_at_once() -> None:
+    interrupt_on_sigterm()
+    done = []
+    with pytest.raises(KeyboardInterrupt), stops_wait():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            done.append(number)
+    assert done == [signal.SIGTERM, signal.SIGINT]
+
+
+def test_an_alarm_of_somebody_else_is_left_alone() -> None:
+    rang = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rang.append("inside"))
+    try:
+        with stops_wait():
+            signal.raise_signal(signal.SIGALRM)
+            assert rang == ["inside"]
+    finally:
+        signal.signal(signal.SIGALRM, before)

@@ -350,7 +350,7 @@ def test_lists_that_say_they_are_long_take_no_time() -> None:
             Reader(header).struct({})
         with pytest.raises(BadPage):
             list(_pages(memoryview(header)))
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 30  # billions of entries would take hours
 
 
 def test_leaves_of_a_schema() -> None:
