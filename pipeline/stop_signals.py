@@ -12,6 +12,7 @@ own process looks once its engine has started.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from typing import Any
 AGAIN_SECONDS = 6
 LOOK_SECONDS = 0.1
 """How often whoever waits while stops are put off should look for them."""
+SAID = b"\nstopping: the step at hand ends first; Ctrl-C again stops at once\n"
+"""To a terminal, on the first Ctrl-C that waits."""
 _came = False
 
 
@@ -97,6 +100,8 @@ class _PutOff:
         self._came = self._came or number
         if again:
             self.take_effect()
+        elif number == signal.SIGINT and os.isatty(2):
+            os.write(2, SAID)  # print may be what was interrupted
 
 
 _put_off: _PutOff | None = None

@@ -6,11 +6,17 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from pipeline import stop_signals
 from pipeline.stop_signals import errors_of_stops, interrupt_on_sigterm, raise_if_stopped, stops_come, stops_wait
+from teacher_dump import teacher
 
 
 @pytest.fixture(autouse=True)
@@ -164,3 +170,52 @@ def test_an_alarm_of_somebody_else_is_left_alone() -> None:
             assert rang == ["inside"]
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def test_ctrl_c_that_waits_says_so_on_a_terminal() -> None:
+    terminal, theirs = os.openpty()
+    ours = os.dup(2)
+    os.dup2(theirs, 2)
+    try:
+        with pytest.raises(KeyboardInterrupt), stops_wait():
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os.dup2(ours, 2)
+    assert b"Ctrl-C again stops at once" in os.read(terminal, 200)
+    for handle in (terminal, theirs, ours):
+        os.close(handle)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_a_tensor_is_read_comes_afterwards(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch, reading, makes a ValueError of KeyboardInterrupt."""
+    save_file({"a": torch.ones(3)}, str(tmp_path / "model.safetensors"))
+    done = []
+
+    class File:
+        def __init__(self, *given: Any, **more: Any) -> None:
+            self.file = safe_open(*given, **more)
+
+        def __enter__(self) -> File:
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.file.__exit__(*error)
+
+        def keys(self) -> Any:
+            return self.file.keys()
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            os.kill(os.getpid(), number)
+            tensor = self.file.get_tensor(name)
+            done.append("read")
+            return tensor
+
+    monkeypatch.setattr(teacher, "safe_open", File)
+    interrupt_on_sigterm()
+    with pytest.raises(KeyboardInterrupt):
+        teacher.find_tensor([tmp_path / "model.safetensors"], ("a",), tmp_path)
+    assert done == ["read"]
