@@ -124,7 +124,7 @@ bench: ready ## measure: storage, and on a GPU kernels and throughput, up to an 
 experiments: ready ## train and evaluate the arms of manifests/experiments that have no figures yet (wants a GPU)
 	$(PY) -m benchmarks.quality $(ARGS)
 
-chaos: ready ## harm caches, checkpoints and writers on purpose and count what goes wrong (48 minutes on 2 cores)
+chaos: ready ## harm caches, checkpoints and writers on purpose and count what goes wrong (46 minutes on 2 cores)
 	PYTHONPATH=.:tests $(PY) -m chaos --json benchmarks/results/chaos.json $(ARGS)
 
 clean: ## remove what tools left behind; environment, data, caches and runs stay
