@@ -9,7 +9,7 @@ step of either is a CUDA graph; `student_eager` and `transformer_eager` are with
 cache which `generate` uses by default. All take the likeliest token. A prompt of the context's length is read first,
 for one row, and its state given to all rows; the steps after it are timed, the prompt by itself
 (`prefill_tokens_per_s`, one row). `state` is what is kept between tokens, `peak` the most memory while stepping. What
-does not fit is a row with the reason. Each case is a process; its row replaces the one that results/decode.json had.
+does not fit is a row with the reason. Each model is a process; a row replaces the one that results/decode.json had.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.decode_case import Case
 from benchmarks.measured import RESULTS, Row, device_name, merged_with, table, write_results
-from benchmarks.processes import in_own_process
+from benchmarks.processes import reports_of
 
 MODELS = ("student", "transformer", "student_eager", "transformer_eager")
 KEYS = ("model", "preset", "context", "batch")
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--preset", default="fast", help="shape of the student: a file in manifests/students")
     options.add_argument("--steps", type=int, default=64, help="tokens a row that are timed")
     options.add_argument("--warmup", type=int, default=8, help="tokens a row before them")
-    options.add_argument("--timeout", type=float, default=300.0, help="seconds after which a case is given up")
+    options.add_argument("--timeout", type=float, default=1200.0, help="seconds after which a model is given up")
     options.add_argument("--small", action="store_true", help="models of width 64, to check the benchmark on a CPU")
     options.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
     options.add_argument("--name", default="decode", help="of the JSON")
@@ -70,19 +70,21 @@ def main(words: list[str] | None = None) -> int:
     if arguments.small and arguments.results == RESULTS:
         options.error("--small measures nothing that belongs in benchmarks/results: name another --results")
     rows: list[Row] = []
+    small = SMALL if arguments.small else {}
     for model in arguments.models:
-        for context in arguments.contexts:
-            for batch in arguments.batches:
-                small = SMALL if arguments.small else {}
-                case = Case(model, context, batch, arguments.steps, arguments.warmup, arguments.preset, **small)
-                try:
-                    found = in_own_process("benchmarks.decode_case", asdict(case), arguments.timeout)
-                except (RuntimeError, OSError) as error:
-                    print(error, file=sys.stderr, flush=True)
-                    continue
+        cases = [
+            Case(model, context, batch, arguments.steps, arguments.warmup, arguments.preset, **small)
+            for context in arguments.contexts
+            for batch in arguments.batches
+        ]
+        given = {"cases": [asdict(case) for case in cases]}
+        try:
+            for found, case in zip(reports_of("benchmarks.decode_case", given, arguments.timeout), cases, strict=True):
                 rows.append(to_row(case, found))
                 print(json.dumps(rows[-1]), flush=True)
                 save(arguments, rows)
+        except (RuntimeError, OSError) as error:
+            print(error, file=sys.stderr, flush=True)
     if not rows:
         return 1
     print(table(rows, COLUMNS))

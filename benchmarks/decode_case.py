@@ -1,15 +1,16 @@
-"""One measurement of `decode`, in a process of its own.
+"""Measurements of `decode` on one model, in a process of its own.
 
-    python -m benchmarks.decode_case '{"model": "student", "context": 1024, "batch": 1}'
+    python -m benchmarks.decode_case '{"cases": [{"model": "student", "context": 1024, "batch": 1}]}'
 
 Legend: B rows, T tokens of the prompt, V vocabulary.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,8 @@ class StudentDecoder:
     def prefill(self, ids_1T: Tensor) -> Tensor:
         return self.decoder.prefill(ids_1T).argmax(-1)
 
-    def repeat(self, rows: int) -> None:
+    def repeat(self, rows: int, steps: int) -> None:
+        """Give the state to so many rows, which are then asked for so many tokens."""
         self.decoder.repeat(rows)
 
     def step(self, ids_B: Tensor) -> Tensor:
@@ -90,6 +92,10 @@ class StudentDecoder:
         assert self.decoder.state is not None
         return self.decoder.state.bytes()
 
+    def forget(self) -> None:
+        """Give back what was kept of a text."""
+        self.decoder.state = self.decoder.graph = None
+
 
 class TransformerDecoder:
     """A Transformer of the teacher's shape: bfloat16, scaled_dot_product_attention. Eager with the cache that
@@ -97,37 +103,43 @@ class TransformerDecoder:
 
     def __init__(self, case: Case, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.case, self.device = case, device
+        self.graphs, self.device = case.graphs, device
         self.model = random_teacher_model(case.shape(), device)
         self.cache: Any = None
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.context = 0
 
     def prefill(self, ids_1T: Tensor) -> Tensor:
         from transformers import DynamicCache
 
+        self.forget()
         self.cache = DynamicCache(config=self.model.config)
         return self.step_many(ids_1T)
+
+    def forget(self) -> None:
+        """Give back what was kept of a text."""
+        self.cache = self.graph = None
 
     def step_many(self, ids_BT: Tensor) -> Tensor:
         found = self.model(input_ids=ids_BT, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         next_B: Tensor = found.logits[:, -1].argmax(-1)
         return next_B
 
-    def repeat(self, rows: int) -> None:
+    def repeat(self, rows: int, steps: int) -> None:
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys.repeat(rows, 1, 1, 1), layer.values.repeat(rows, 1, 1, 1)
-        if self.case.graphs:
-            self._fix(rows)
+        if self.graphs:
+            self._fix(rows, steps)
 
-    def _fix(self, rows: int) -> None:
+    def _fix(self, rows: int, steps: int) -> None:
         """Go on with a cache of a fixed length whose tensors stay where they are, and record a step on a GPU."""
         from transformers import StaticCache
 
-        case = self.case
-        read, self.cache = self.cache, StaticCache(self.model.config, case.context + case.warmup + case.steps)
+        self.context = self.cache.get_seq_length()
+        read, self.cache = self.cache, StaticCache(self.model.config, self.context + steps)
         for layer, before in zip(self.cache.layers, read.layers, strict=True):
             layer.lazy_initialization(before.keys, before.values)
-            layer.keys[:, :, : case.context], layer.values[:, :, : case.context] = before.keys, before.values
+            layer.keys[:, :, : self.context], layer.values[:, :, : self.context] = before.keys, before.values
             before.keys = before.values = None
         self.ids_B = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.position_11 = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
@@ -137,9 +149,9 @@ class TransformerDecoder:
             self._rewind()
 
     def _rewind(self) -> None:
-        self.position_11.fill_(self.case.context)
+        self.position_11.fill_(self.context)
         for layer in self.cache.layers:
-            layer.cumulative_length.fill_(self.case.context)
+            layer.cumulative_length.fill_(self.context)
 
     def _advance(self) -> Tensor:
         # With a mask, `transformers` copies the whole cache for each head that shares a key, in every layer and step.
@@ -154,7 +166,7 @@ class TransformerDecoder:
         return next_B
 
     def step(self, ids_B: Tensor) -> Tensor:
-        if not self.case.graphs:
+        if not self.graphs:
             return self.step_many(ids_B[:, None])
         self.ids_B.copy_(ids_B)
         if self.graph is None:
@@ -166,24 +178,31 @@ class TransformerDecoder:
         return sum(t.numel() * t.element_size() for layer in self.cache.layers for t in (layer.keys, layer.values))
 
 
+AnyDecoder = StudentDecoder | TransformerDecoder
+
+
+def decoder_of(case: Case, device: torch.device) -> AnyDecoder:
+    """The case's model, with random weights."""
+    return (StudentDecoder if case.model.startswith("student") else TransformerDecoder)(case, device)
+
+
 @torch.inference_mode()
-def measure(case: Case, seen: Callable[[Tensor], object] = lambda ids_B: None) -> dict[str, Any]:
+def measure(case: Case, decoder: AnyDecoder, seen: Callable[[Tensor], object] = lambda ids_B: None) -> dict[str, Any]:
     """Prefill one row, give its state to all rows, then time the steps.
 
     Rows of one prompt cost what rows of different ones do, for no operation depends on what the numbers are.
 
     Args:
+        decoder: `decoder_of` this case, or of another one of the same model.
         seen: is given the ids of every step, the prompt's own continuation first.
     """
     device = pick_device()
-    kind = StudentDecoder if case.model.startswith("student") else TransformerDecoder
-    decoder: StudentDecoder | TransformerDecoder = kind(case, device)
     generator = torch.Generator(device).manual_seed(0)
     prompt_1T = torch.randint(case.vocab, (1, case.context), generator=generator, device=device)
     first: list[Tensor] = []
     # Twice: the first one compiles kernels for this length.
     prefill = seconds_of(lambda: first.append(decoder.prefill(prompt_1T)), 1, device, warmup=1)
-    decoder.repeat(case.batch)
+    decoder.repeat(case.batch, case.warmup + case.steps)
     ids_B = first[-1].repeat(case.batch)
     seen(ids_B)
 
@@ -206,12 +225,25 @@ def measure(case: Case, seen: Callable[[Tensor], object] = lambda ids_B: None) -
     }
 
 
+def measure_all(cases: list[Case]) -> Iterator[dict[str, Any]]:
+    """Of cases that have a model in common, one after another; what does not fit is told as `skipped`."""
+    device = pick_device()
+    decoder = decoder_of(cases[0], device)
+    for case in cases:
+        try:
+            found = measure(case, decoder)
+        except torch.OutOfMemoryError as error:
+            found = {"skipped": f"out of memory: {str(error).splitlines()[0]}"}
+        decoder.forget()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        yield found
+
+
 def main() -> None:
-    case = Case(**json.loads(sys.argv[1]))
-    try:
-        report(measure(case))
-    except torch.OutOfMemoryError as error:
-        report({"skipped": f"out of memory: {str(error).splitlines()[0]}"})
+    for found in measure_all([Case(**case) for case in json.loads(sys.argv[1])["cases"]]):
+        report(found)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 MARK = "measured: "
+LINES = 25
+"""Of what a process said that are shown when it fails."""
 
 
 def in_own_process(module: str, case: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
-    """Run `python -m MODULE CASE` and return what it printed after MARK.
+    """Run `python -m MODULE CASE` and return what it reported first; how it ended after that does not matter.
 
     Raises:
         RuntimeError: it failed or took longer than `timeout` seconds; the text ends with what it said.
+    """
+    found: list[dict[str, Any]] = []
+    try:
+        found.extend(reports_of(module, case, timeout))
+    except RuntimeError:
+        if not found:
+            raise
+    return found[0]
+
+
+def reports_of(module: str, case: dict[str, Any], timeout: float | None = None) -> Iterator[dict[str, Any]]:
+    """Run `python -m MODULE CASE` and yield what it reports, as it comes; it ends when the caller stops listening.
+
+    Raises:
+        RuntimeError: it failed, reported nothing or took longer than `timeout` seconds; ends with what it said.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", module, json.dumps(case)],
@@ -25,25 +45,38 @@ def in_own_process(module: str, case: dict[str, Any], timeout: float | None = No
         text=True,
         start_new_session=True,  # other ranks are its children, and end with it
     )
-    try:
-        said, _ = process.communicate(timeout=timeout)
-    except BaseException as error:
+    assert process.stdout is not None
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
         os.killpg(process.pid, signal.SIGKILL)
-        said, _ = process.communicate()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise RuntimeError(f"{module} {case} took more than {timeout} s:\n{_end(said)}") from None
-        raise
-    for line in said.splitlines():
-        if line.startswith(MARK):
-            found: dict[str, Any] = json.loads(line.removeprefix(MARK))
-            return found
-    raise RuntimeError(f"{module} {case} failed:\n{_end(said)}")
+
+    timer = threading.Timer(timeout or 0.0, stop)
+    said: collections.deque[str] = collections.deque(maxlen=LINES)
+    reported = False
+    if timeout is not None:
+        timer.start()
+    try:
+        for line in process.stdout:
+            if line.startswith(MARK):
+                reported = True
+                yield json.loads(line.removeprefix(MARK))
+            else:
+                said.append(line)
+        status = process.wait()
+    finally:
+        timer.cancel()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        process.stdout.close()
+    if late.is_set():
+        raise RuntimeError(f"{module} {case} took more than {timeout} s:\n{''.join(said)}")
+    if status or not reported:
+        raise RuntimeError(f"{module} {case} failed:\n{''.join(said)}")
 
 
 def report(found: dict[str, Any]) -> None:
     """The child's side: print what it measured."""
     print("\n" + MARK + json.dumps(found), flush=True)
-
-
-def _end(text: str) -> str:
-    return "\n".join(text.splitlines()[-25:])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers_cache import toy_logits, write_toy_cache
 
-from benchmarks import decode, decode_case, train_case, train_step, train_throughput
+from benchmarks import train_case, train_step, train_throughput
 from benchmarks.layouts import CHANGES, ArraysLayout, ShardLayout
 from benchmarks.measured import merged_with, table, versions, write_results
 from benchmarks.processes import in_own_process
@@ -33,7 +33,6 @@ from pipeline.row_checks import GroupCheck
 from pipeline.schema import CacheSpec
 from pipeline.shard import Columns
 from student.data.loader import CacheDataModule
-from student.generate import generate
 from student.losses.fused import Head, TeacherTopK, fused_kd_sums
 from student.losses.sparse_kd import log_tail_at
 from student.model import DistilXLSTM
@@ -394,55 +393,6 @@ def test_training_is_measured_case_by_case(tmp_path: Path, capsys: pytest.Captur
     assert sum(ours["parts_us"].values()) == pytest.approx(ours["us_per_token"], 1e-2)
     assert [p.name for p in tmp_path.iterdir()] == ["train_throughput.json"]
     assert "head_and_loss" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_students_steps_continue_as_generation_does(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = decode_case.Case("student", 20, batch, steps=5, warmup=2, **decode.SMALL)
-    seen: list[torch.Tensor] = []
-    found = decode_case.measure(case, seen.append)
-    decoder = decode_case.StudentDecoder(case, torch.device("cpu"))
-    prompt = torch.randint(160, (1, 20), generator=torch.Generator().manual_seed(0))[0].tolist()
-    expected = list(generate(decoder.decoder.model, prompt, max_new_tokens=8, temperature=0))
-    assert torch.stack(seen).tolist() == [[token] * batch for token in expected]
-    decoder.prefill(torch.tensor([prompt]))
-    assert found["state_gb"] == pytest.approx(batch * decoder.state_bytes() / 1e9)
-    assert found["tokens_per_s"] == pytest.approx(1000 * batch / found["ms_per_step"])
-
-
-@pytest.mark.parametrize("name", ["transformer", "transformer_eager"])
-def test_the_transformers_steps_continue_as_a_whole_pass_does(name: str) -> None:
-    case = decode_case.Case(name, 20, 3, steps=5, warmup=2, **decode.SMALL)
-    seen: list[torch.Tensor] = []
-    found = decode_case.measure(case, seen.append)
-    ids = torch.stack(seen, 1)
-    prompt = torch.randint(160, (1, 20), generator=torch.Generator().manual_seed(0)).repeat(3, 1)
-    model = decode_case.TransformerDecoder(case, torch.device("cpu")).model
-    with torch.inference_mode():
-        logits = model(torch.cat([prompt, ids], 1)).logits[:, 19:-1]
-    chosen = logits.gather(-1, ids[..., None]).squeeze(-1)
-    assert bool((chosen >= logits.amax(-1) - 0.05).all())  # bfloat16 has ties
-    positions = 20 + 7
-    assert found["state_gb"] == pytest.approx(3 * positions * 2 * 32 * 2 / 1e9)  # keys and values, one head, bfloat16
-
-
-def test_what_does_not_fit_is_a_row_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def too_large(case: decode_case.Case) -> dict[str, Any]:
-        raise torch.OutOfMemoryError("Tried to allocate 120 GiB\nand more")
-
-    monkeypatch.setattr(decode_case, "measure", too_large)
-    monkeypatch.setattr("sys.argv", ["decode_case", json.dumps({"model": "transformer", "context": 9, "batch": 64})])
-    decode_case.main()
-    line = capsys.readouterr().out.strip()
-    assert line == 'measured: {"skipped": "out of memory: Tried to allocate 120 GiB"}'
-    monkeypatch.setattr(decode, "in_own_process", lambda *_: json.loads(line.removeprefix("measured: ")))
-    words = ["--small", "--results", str(tmp_path), "--models", "transformer", "--contexts", "9", "--batches", "64"]
-    assert decode.main(words) == 0
-    (row,) = json.loads((tmp_path / "decode.json").read_text())["rows"]
-    assert row["skipped"].startswith("out of memory") and "tokens_per_s" not in row
-    assert "out of memory" in capsys.readouterr().out
 
 
 def test_a_steady_rate_leaves_out_start_and_end() -> None:
