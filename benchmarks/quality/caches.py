@@ -54,7 +54,7 @@ def needs(arms: Iterable[Arm], budget: Budget, scratch: Path) -> dict[str, Cache
         shards = 1 if name == OTHER_CACHE else budget.shards
         options = dict(budget.dump)
         if torch.cuda.is_available():
-            options["engine.gpu_memory_utilization"] = GPU_MEMORY
+            options |= {"engine.gpu_memory_utilization": GPU_MEMORY, "gpus": min(torch.cuda.device_count(), shards)}
         folder = scratch / "caches" / budget.name / name
         found[name] = CacheNeed(name, folder, shards, manifest.get("heldout_shards", 1), options)
     return found

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.measured import Row
 from benchmarks.quality.caches import Dumps
-from benchmarks.quality.trial import Trial
+from benchmarks.quality.trial import Trial, to_make
 from benchmarks.quality.worker import order_of
 
 POLL_SECONDS = 0.5
@@ -37,6 +37,7 @@ class Clock:
     Attributes:
         minutes: since `started` in which all must be over; None: any.
         known: seconds of trials of this kind on this device, from earlier runs.
+        starts: seconds that trials took to make, or wait for, what they begin from; in no other figure here.
     """
 
     minutes: float | None
@@ -44,15 +45,20 @@ class Clock:
     started: float = field(default_factory=time.monotonic)
     first: list[float] = field(default_factory=list)
     later: list[float] = field(default_factory=list)
+    starts: list[float] = field(default_factory=list)
 
-    def note(self, seconds: float, first: bool) -> None:
-        """A trial that ended; `first` of its process: kernels were loaded, and the teacher."""
-        (self.first if first else self.later).append(seconds)
+    def note(self, seconds: float, first: bool, start: float = 0.0) -> None:
+        """A trial that ended, `start` of its seconds for what it begins from; `first` of its process: kernels were
+        loaded, and the teacher."""
+        (self.first if first else self.later).append(seconds - start)
+        self.starts.append(start)
 
-    def fits(self) -> bool:
+    def fits(self, makes_start: bool = False) -> bool:
+        """Whether a trial would; `makes_start`: which begins from what is not there yet."""
         if self.minutes is None:
             return True
-        return time.monotonic() - self.started + self.estimate() <= 60 * self.minutes
+        start = max(self.starts, default=0.0) if makes_start else 0.0
+        return time.monotonic() - self.started + start + self.estimate() <= 60 * self.minutes
 
     def overdue(self) -> bool:
         """Whether a trial under way took so much longer than was thought that it is given up."""
@@ -181,12 +187,21 @@ class Pool:
         if self.warm:
             return
         for worker in self.workers:
-            trial = next((t for t in self.waiting if self.dumps.ready.issuperset(caches_of(t))), None)
-            if trial is None or not self.clock.fits():
+            if worker.busy:
+                continue
+            trial = self._next()
+            if trial is None or not self.clock.fits(bool(to_make(trial))):
                 return
-            if not worker.busy:
-                self.waiting.remove(trial)
-                worker.give({"trial": order_of(trial)}, trial)
+            self.waiting.remove(trial)
+            worker.give({"trial": order_of(trial)}, trial)
+
+    def _next(self) -> Trial | None:
+        """The first one whose caches are there and which would not wait for what another one is making."""
+        being_made = {path for worker in self.workers if worker.trial is not None for path in to_make(worker.trial)}
+        for trial in self.waiting:
+            if self.dumps.ready.issuperset(caches_of(trial)) and being_made.isdisjoint(to_make(trial)):
+                return trial
+        return None
 
     def _take(self, worker: Worker, answer: Answer | None) -> None:
         trial, was_busy = worker.trial, worker.busy
@@ -203,7 +218,8 @@ class Pool:
             answer = {"error": f"its process ended with status {worker.process.returncode}, see {worker.log}"}
         worker.trials += 1
         if "error" not in answer:
-            self.clock.note(time.monotonic() - worker.since, worker.trials == 1)
+            start = answer["row"]["seconds"].get("start", 0.0)
+            self.clock.note(time.monotonic() - worker.since, worker.trials == 1, start)
         self.report(trial, answer)
 
     def _lose(self, worker: Worker) -> None:
@@ -221,6 +237,6 @@ def caches_of(trial: Trial) -> set[str]:
 
 
 def known_seconds(rows: list[Row], budget: str, device: str) -> list[float]:
-    """What trials of a budget took on such a device."""
+    """What trials of a budget took on such a device, without what they begin from."""
     of_kind = [row for row in rows if row.get("budget") == budget and row.get("device") == device and "seconds" in row]
-    return [row["seconds"]["total"] for row in of_kind]
+    return [row["seconds"]["total"] - row["seconds"].get("start", 0.0) for row in of_kind]

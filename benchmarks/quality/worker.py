@@ -21,7 +21,8 @@ import torch
 
 from benchmarks.meters import pick_device
 from benchmarks.quality.arms import BUDGETS, STUDENTS, load_arms
-from benchmarks.quality.trial import Lab, Trial
+from benchmarks.quality.lab import Lab
+from benchmarks.quality.trial import Trial
 from benchmarks.random_cache import benchmark_spec, random_columns, write_random_cache
 from pipeline.errors import UserError, one_line
 from student.__main__ import main as train

@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,10 +24,12 @@ from torch import Tensor
 
 from benchmarks.quality.__main__ import main, trials_of, write_answer
 from benchmarks.quality.arms import BUDGETS, load_arms
-from benchmarks.quality.pool import Clock, caches_of, known_seconds
+from benchmarks.quality.caches import Dumps
+from benchmarks.quality.lab import Lab, RememberedTeacher
+from benchmarks.quality.pool import Clock, Pool, Worker, caches_of, known_seconds
 from benchmarks.quality.results import RowFile, curves_of
 from benchmarks.quality.tables import attention_table, zero_shot_table
-from benchmarks.quality.trial import Lab, RememberedTeacher, Trial
+from benchmarks.quality.trial import Trial, start_folder, to_make
 from pipeline.cache import Cache
 from pipeline.commit import commit_json, read_json
 from pipeline.errors import UserError
@@ -136,7 +138,7 @@ def test_further_judges(scratch: Path, tmp_path: Path, monkeypatch: pytest.Monke
         asked.extend(model)
         return {"documents": documents, "chance": {"sciq": 0.25}, "tasks": {"sciq": {"measure": "acc", "acc": 0.5}}}
 
-    monkeypatch.setattr("benchmarks.quality.trial.zero_shot_figures", zero_shot_figures)
+    monkeypatch.setattr("benchmarks.quality.lab.zero_shot_figures", zero_shot_figures)
     lab = Lab(Table(scratch / "caches" / "small" / "experiment"))
     rows = []
     for seed in (0, 1):
@@ -158,7 +160,7 @@ def test_a_judge_that_fails_costs_its_own_figures_only(
     def refuse(*_: Any, **__: Any) -> None:
         raise UserError("data/zero_shot cannot be fetched")
 
-    monkeypatch.setattr("benchmarks.quality.trial.zero_shot_figures", refuse)
+    monkeypatch.setattr("benchmarks.quality.lab.zero_shot_figures", refuse)
     judged = replace(trial(scratch, tmp_path / "runs", "ce"), judges=("zero_shot", "attention"))
     row = Lab(Table(scratch / "caches" / "small" / "experiment")).run(judged)["row"]
     assert row["unjudged"] == {"zero_shot": "data/zero_shot cannot be fetched"}
@@ -198,7 +200,9 @@ def test_an_arm_may_begin_from_a_run_made_of_the_teacher(
     plain = trial(scratch, tmp_path, "ce")
     start = {"align_tokens": 4096}
     begun = [replace(plain, arm=replace(plain.arm, start=start), seed=seed) for seed in (0, 0, 1)]
+    assert to_make(plain) == [] and to_make(begun[0]) == to_make(begun[1]) != to_make(begun[2])
     found = [lab.run(each) for each in begun]
+    assert not any(map(to_make, begun))
     assert [(given["align_tokens"], given["teacher"]) for given in asked] == 2 * [("4096", str(scratch / "teacher"))]
     first = [each["curve"]["ce"][0] for each in found]
     assert first[0] == first[1] != lab.run(plain)["curve"]["ce"][0]
@@ -224,8 +228,10 @@ def test_arms_in_phases(scratch: Path, tmp_path: Path, monkeypatch: pytest.Monke
     lab = Lab(Table(*caches))
     long_trial = trial(scratch, tmp_path, "start-aligned-long")
     assert caches_of(long_trial) == {"experiment", "experiment-other", "experiment-long"}
+    waited_for = to_make(long_trial)
     long = lab.run(long_trial)
     phases = list(tmp_path.glob("phase-start-aligned-first-*"))
+    assert [*phases, *(path.parent for path in tmp_path.glob("start-*/run.json"))] == waited_for
     trained = (phases[0] / "checkpoints" / "last.ckpt").stat().st_mtime_ns
     short = lab.run(trial(scratch, tmp_path, "start-aligned-short"))
     assert list(tmp_path.glob("phase-*")) == phases and len(phases) == 1
@@ -359,6 +365,33 @@ def test_nothing_is_begun_that_would_not_end_in_time() -> None:
     assert Clock(minutes=None).fits() and not Clock(minutes=None).overdue()
     assert not clock.overdue() and Clock(minutes=0.1, started=time.monotonic() - 60).overdue()
     assert not Clock(minutes=1.0, known=[70.0]).fits()
+    clock = Clock(minutes=2.0, started=time.monotonic() - 60)
+    clock.note(90, first=False, start=50)
+    assert clock.fits() and not clock.fits(makes_start=True)
+
+
+def test_nobody_waits_for_what_another_one_makes(scratch: Path, tmp_path: Path) -> None:
+    """A trial is taken that can go on by itself, until the start that the others need is there."""
+    names = ("start-only", "start-aligned-long", "start-aligned-kl", "ce", "start-aligned")
+    trials = {name: trial(scratch, tmp_path, name) for name in names}
+    dumps = SimpleNamespace(ready={"experiment", "experiment-other", "experiment-long"})
+    pool = Pool(list(trials.values()), cast(Dumps, dumps), Clock(None), 3, tmp_path, lambda *_: None)
+    assert pool._next() is trials["start-only"]
+    pool.waiting.remove(trials["start-only"])
+    maker = SimpleNamespace(busy=True, trial=trials["start-only"])
+    pool.workers.append(cast(Worker, maker))
+    assert pool._next() is trials["ce"]
+    pool.waiting.remove(trials["ce"])
+    assert pool._next() is None
+    start = start_folder(trials["start-only"]) / "checkpoints" / "last.ckpt"
+    start.parent.mkdir(parents=True)
+    start.touch()
+    assert pool._next() is trials["start-aligned-long"]
+    maker.trial = trials["start-aligned-long"]  # of two phases: others need its start alone, which is there
+    pool.waiting.remove(maker.trial)
+    assert pool._next() is trials["start-aligned-kl"]
+    dumps.ready.clear()
+    assert pool._next() is None
 
 
 def test_what_trials_took_is_known_for_the_device_and_budget() -> None:
