@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ pytestmark = [
     pytest.mark.skipif(not TEACHER.is_dir(), reason="needs the embedded teacher: make setup"),
     pytest.mark.timeout(580),
 ]
+SECONDS = 270
+"""Of one dump, vLLM's start on a bare machine included."""
 SPEC = CaptureSpec(k=64, taus=(1.0, 1.2, 1.5, 2.0), block=64, groups=6, window=64)
 LENGTH = 1024
 
@@ -109,11 +114,25 @@ def dump(cache: Path, *more: str, **environment: str) -> Cache:
     command = [
         sys.executable, "-m", "teacher_dump", "--manifest", "manifests/dumps/embedded.yaml", "--cache", str(cache),
         "--shards", "6", "--heldout_shards", "0", "--tokens_per_shard", "131072", "--length", "1024", "--block", "64",
-        "--window", "64", "--engine.gpu_memory_utilization", "0.4", *more,
+        "--window", "64", "--engine.gpu_memory_utilization", "0.4", "--engine.quiet", "false", *more,
     ]  # fmt: skip
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
-    cache.with_suffix(".log").write_text(done.stderr)
+    log, started = cache.with_suffix(".log"), time.monotonic()
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command, env={**os.environ, "PYTHONFAULTHANDLER": "1", **environment}, stdout=file, stderr=file,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status: int | str = process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            status = f"none after {SECONDS} s"
+            process.send_signal(signal.SIGABRT)  # Python's fault handler writes where every thread is
+            process.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its workers, where it did not end by itself
+    print(f"{cache.name}: {time.monotonic() - started:.0f} s")
+    assert status == 0, f"status {status}: {log.read_text()[-8000:]}"
     return Cache(cache)
 
 
@@ -134,9 +153,14 @@ def same_bits(first: Cache, second: Cache) -> None:
                 assert values == other[name], name
 
 
-def test_rows_do_not_depend_on_how_many_engines_wrote_them(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """What one engine writes."""
+    return dump(tmp_path_factory.mktemp("alone") / "alone")
+
+
+def test_rows_do_not_depend_on_how_many_engines_wrote_them(alone: Cache, tmp_path: Path) -> None:
     """One engine, and two that share one GPU: every number of every shard, to the bit."""
-    alone = dump(tmp_path / "alone")
     shared = dump(tmp_path / "shared", "--gpus", "2", CUDA_VISIBLE_DEVICES="0,0")
     same_bits(alone, shared)
 
@@ -145,16 +169,16 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two C
 
 
 @two_gpus
-def test_rows_of_two_gpus(tmp_path: Path) -> None:
+def test_rows_of_two_gpus(alone: Cache, tmp_path: Path) -> None:
     """One GPU, and an engine on each of two: every number of every shard, to the bit."""
-    same_bits(dump(tmp_path / "alone"), dump(tmp_path / "two", "--gpus", "2"))
+    same_bits(alone, dump(tmp_path / "two", "--gpus", "2"))
 
 
 @two_gpus
-def test_rows_of_ray_workers(tmp_path: Path) -> None:
+def test_rows_of_ray_workers(alone: Cache, tmp_path: Path) -> None:
     """One GPU without Ray, and Ray with an engine on each of two: every number of every shard, to the bit."""
     pytest.importorskip("ray")
-    same_bits(dump(tmp_path / "alone"), dump(tmp_path / "ray", "--ray", "local"))
+    same_bits(alone, dump(tmp_path / "ray", "--ray", "local"))
     told = (tmp_path / "ray.log").read_text()
     assert "2 GPU workers" in told and ", 2 workers)" in told, told
 

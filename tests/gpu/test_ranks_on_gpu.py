@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,11 +66,16 @@ def test_sharded_training_is_training(gpus: int, tmp_path: Path) -> None:
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs")
     cache = write_toy_cache(tmp_path / "cache", units=2, heldout_units=1, rows=10, length=128, width=64)
-    plain = train(cache, tmp_path / "plain", True, "--trainer.devices=1")
-    sharded = train(cache, tmp_path / "sharded", True, f"--trainer.devices={gpus}", "--trainer.strategy=fsdp")
+    cut = (f"--trainer.devices={gpus}", "--trainer.strategy=fsdp")
+    with ThreadPoolExecutor(3) as pool:  # side by side: most of their time is importing and compiling
+        runs = [
+            pool.submit(train, cache, tmp_path / "plain", True, "--trainer.devices=1"),
+            pool.submit(train, cache, tmp_path / "sharded", True, *cut),
+            pool.submit(train, cache, tmp_path / "moved", False, *cut),
+        ]
+        plain, sharded, _ = (run.result() for run in runs)
     assert len(plain) == len(sharded) == 10
     assert max(abs(a - b) for a, b in zip(plain, sharded, strict=True)) < NATS
-    train(cache, tmp_path / "moved", False, f"--trainer.devices={gpus}", "--trainer.strategy=fsdp")
     moved = train(cache, tmp_path / "moved", True, "--trainer.devices=1")
     assert max(abs(a - b) for a, b in zip(plain, moved, strict=True)) < NATS
     student, _ = load_student(tmp_path / "sharded")
