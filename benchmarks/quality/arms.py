@@ -60,6 +60,7 @@ QUESTIONS = {
     "attention": Question("Does aligning pooled attention help?", "delta"),
     "frobenius": Question("Does the Frobenius term help, and how finely must hidden states be stored?", "delta"),
     "start": Question("Does a start from the teacher's own weights help?", "mix-0.9"),
+    "near": Question("What does a cache lose where the student is near its teacher?", "start-aligned-fast"),
     "unfreeze": Question("Does training the teacher's head and embedding too help?", "start-aligned"),
 }
 

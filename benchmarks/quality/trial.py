@@ -151,7 +151,7 @@ def phase_folder(trial: Trial) -> Path:
 
 
 def start_folder(trial: Trial) -> Path:
-    what = json.dumps([trial.arm.start or {}, trial.seed, str(trial.train)], sort_keys=True)
+    what = json.dumps([trial.arm.start or {}, trial.seed, str(trial.heldout)], sort_keys=True)
     return trial.run.parent / f"start-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
 
 
@@ -187,7 +187,8 @@ def fit(trial: Trial, start: Start, callbacks: Sequence[Callback] = ()) -> None:
 
 
 def begin_from_teacher(trial: Trial) -> Path:
-    """The run folder that `student.from_teacher` writes with the arm's `start`, made once for each seed.
+    """The run folder that `student.from_teacher` writes with the arm's `start`, made once for each seed: on rows of
+    the cache that all are judged by, which every other cache of the text holds as well.
 
     Raises:
         UserError: see there.
@@ -197,7 +198,7 @@ def begin_from_teacher(trial: Trial) -> Path:
     with exclusive(trial.run.parent, folder.name):
         if not is_made(folder):
             given = {
-                "run": folder, "cache": trial.train, "teacher": Cache(trial.train).manifest.teacher_path,
+                "run": folder, "cache": trial.heldout, "teacher": Cache(trial.heldout).manifest.teacher_path,
                 "seed": trial.seed,
                 **{name: min(value, most.get(name, value)) for name, value in start.items()},
             }  # fmt: skip

@@ -57,7 +57,7 @@ def facts() -> object:
 
 def test_arms_cover_what_is_asked() -> None:
     assert {arm.overrides.get("data.k", 128) for arm in ARMS.values() if "k" in arm.question} == {8, 16, 32, 64, 128}
-    assert [name for name, arm in ARMS.items() if arm.teacher_in_loop] == ["online"]
+    assert [name for name, arm in ARMS.items() if arm.teacher_in_loop] == ["online", "start-aligned-online"]
     for name in QUESTIONS:
         if name != "start":
             assert any(name in arm.question for arm in ARMS.values()), name

@@ -200,7 +200,8 @@ def test_an_arm_may_begin_from_a_run_made_of_the_teacher(
     plain = trial(scratch, tmp_path, "ce")
     start = {"align_tokens": 4096}
     begun = [replace(plain, arm=replace(plain.arm, start=start), seed=seed) for seed in (0, 0, 1)]
-    assert to_make(plain) == [] and to_make(begun[0]) == to_make(begun[1]) != to_make(begun[2])
+    elsewhere = replace(begun[0], train=begun[0].train.with_name("experiment-hidden"))  # the same rows
+    assert to_make(plain) == [] and to_make(elsewhere) == to_make(begun[0]) == to_make(begun[1]) != to_make(begun[2])
     found = [lab.run(each) for each in begun]
     assert not any(map(to_make, begun))
     assert [(given["align_tokens"], given["teacher"]) for given in asked] == 2 * [("4096", str(scratch / "teacher"))]
