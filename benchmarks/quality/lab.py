@@ -138,6 +138,7 @@ class Lab:
         seconds["evaluate"] = time.perf_counter() - after
         seconds["total"] = time.perf_counter() - started
         tokens_per_step = trial.batch_rows * Cache(trial.train).spec.length
+        stored = Cache(trial.train).shards("train")
         common = {
             "device": device_name(), "versions": versions(), "date": datetime.now(UTC).date().isoformat(),
         }  # fmt: skip
@@ -160,6 +161,7 @@ class Lab:
             "seconds": seconds,
             "tokens_per_s": clock.tokens_per_s(tokens_per_step) if clock.steps else 0.0,
             "peak_gb": memory,
+            "cache_bytes": float(stored.bytes.sum() / stored.tokens.sum()),
             **long,
             **judged,
             **common,

@@ -111,14 +111,16 @@ def _line(name: str, own: Sequence[Row], reference: Sequence[Row], is_reference:
 
 
 def cost_table(rows: Sequence[Row], budget: str) -> list[Row]:
-    """Seconds of each phase, speed and memory by arm, means over seeds."""
+    """Seconds of each phase, speed, memory and what a token takes in the cache by arm, means over seeds."""
     phases = ("start", "prepare", "train", "save", "evaluate", "total")
     lines = []
     for name, own in of_budget(rows, budget).items():
         line: Row = {"arm": name, "seeds": len(own)}
         line |= {phase: round(mean(row["seconds"].get(phase, 0.0) for row in own), 1) for phase in phases}
         line |= {"tokens/s": round(mean(row["tokens_per_s"] for row in own))}
-        lines.append({**line, "peak GB": round(max(row["peak_gb"] for row in own), 1)})
+        line |= {"peak GB": round(max(row["peak_gb"] for row in own), 1)}
+        stored = [row["cache_bytes"] for row in own if "cache_bytes" in row]  # rows of before did not say
+        lines.append({**line, "cache B/token": round(mean(stored), 1) if stored else "-"})
     return lines
 
 

@@ -114,6 +114,9 @@ def test_a_trial_becomes_a_row(scratch: Path, tmp_path: Path) -> None:
     assert row["heldout"]["ce"] == written["student_cross_entropy"]
     assert row["heldout"]["kl_full"] == written["kl_full"] > 0
     assert row["trainable_parameters"] == written["trainable_parameters"]
+    files = [path.stat().st_size for path in (caches / "experiment").rglob("shard-*.parquet")]
+    assert len(files) == BUDGETS["small"].shards
+    assert row["cache_bytes"] == pytest.approx(sum(files) / (len(files) * ROWS * LENGTH))
     assert first["teacher"]["heldout"]["ce"] == written["teacher_cross_entropy"] < row["heldout"]["ce"]
     assert [place for place, _ in row["by_position"]] == [0, 1, 2, 4, 8, 16]
     assert set(row["seconds"]) == {"prepare", "train", "save", "evaluate", "total"}

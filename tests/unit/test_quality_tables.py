@@ -79,6 +79,9 @@ def test_a_table_has_the_reference_first_then_the_nearest() -> None:
 def test_costs() -> None:
     line = cost_table(ROWS, "screen")[0]
     assert (line["arm"], line["train"], line["start"], line["tokens/s"]) == ("ce", 10.0, 0.0, 400_000)
+    assert line["cache B/token"] == "-"
+    told = [{**each, "cache_bytes": 55.25 + each["seed"]} for each in ROWS]
+    assert cost_table(told, "screen")[0]["cache B/token"] == 55.8  # of seeds 0 and 1
 
 
 LONG = {
