@@ -27,7 +27,8 @@ from torch import Tensor
 from teacher_dump.kernels.temperatures import shared_base
 
 _GROUPS = 128
-"""G: a tile's row is 8 G contiguous columns, 8 of each block."""
+"""G: a tile's row is 8 G contiguous columns, 8 of each block; its rows are dealt over the whole vocabulary, since likely
+ids are neighbours: tokenisers number them by how often they come."""
 _LOG2_E = math.log2(math.e)
 _UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 """Low bits of a float32 that a logit of the dtype never sets: the search for the K-th largest skips them."""
@@ -103,7 +104,7 @@ def _sum_blocks(
     CAPPED: tl.constexpr, SCALED: tl.constexpr, G: tl.constexpr, S: tl.constexpr, STEPS: tl.constexpr,
     R: tl.constexpr, R2: tl.constexpr, POWERS: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sums of every block of one tile: block g holds columns 8 g to 8 g + 7 of each of the tile's rows."""
+    """Maximum and sums of every block of one tile: block b holds columns 8 b to 8 b + 7 of each stretch of 8 B."""
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     s = tl.arange(0, S)[:, None, None]
     g = tl.arange(0, G)
@@ -112,9 +113,9 @@ def _sum_blocks(
     c_R = tl.load(coefficients + slots, mask=slots < R, other=0.0)
     maximum_G = tl.full([G], float("-inf"), tl.float32)
     sums_RG = tl.zeros([R2, G], tl.float32)
-    first = tile * (STEPS * S * G * 8)
+    first = tile * (G * 8)
     for _ in range(STEPS):
-        column = first + s * (G * 8) + g[None, :, None] * 8 + e
+        column = first + s * (blocks * 8) + g[None, :, None] * 8 + e
         inside = column < vocab
         z = tl.load(z_ptr + row * stride_n + column, mask=inside, other=float("-inf"))
         x = tl.where(inside, _logit(z, soft_cap, scale, z_ptr.dtype.element_ty, CAPPED, SCALED), float("-inf"))
@@ -123,7 +124,7 @@ def _sum_blocks(
         fade_RG = tl.exp2((maximum_G - shift_G)[None, :] * c_R[:, None])
         sums_RG = sums_RG * fade_RG + _exp_sums(x - shift_G[None, :, None], coefficients, R, R2, POWERS, TOP)
         maximum_G = new_G
-        first += S * G * 8
+        first += S * blocks * 8
     block = tile * G + g
     tl.store(maxima_ptr + row * blocks + block, maximum_G)
     at = (slots[:, None].to(tl.int64) * rows + row) * blocks + block[None, :]
@@ -204,14 +205,14 @@ def _select(
     listed = tl.minimum(hits, HITS)
     h = tl.arange(0, H)
     block = tl.load(hits_ptr + h, mask=h < listed, other=0)
-    next_column = (block // G * (S * G * 8) + block % G * 8)[None, :, None] + s * (G * 8) + e
+    next_column = (block * 8)[None, :, None] + s * (blocks * 8) + e
     next_inside = (next_column < vocab) & (h < listed)[None, :, None]
     next_z = tl.load(z_ptr + row * stride_n + next_column, mask=next_inside, other=float("-inf"))
     for first in range(0, listed, H):
         z, column, inside = next_z, next_column, next_inside
         h = first + H + tl.arange(0, H)  # the next blocks are under way while these are looked at
         block = tl.load(hits_ptr + h, mask=h < listed, other=0)
-        next_column = (block // G * (S * G * 8) + block % G * 8)[None, :, None] + s * (G * 8) + e
+        next_column = (block * 8)[None, :, None] + s * (blocks * 8) + e
         next_inside = (next_column < vocab) & (h < listed)[None, :, None]
         next_z = tl.load(z_ptr + row * stride_n + next_column, mask=next_inside, other=float("-inf"))
         x = _logit(z, soft_cap, scale, z_ptr.dtype.element_ty, CAPPED, SCALED)
@@ -324,8 +325,8 @@ def _power_of_two(n: int) -> int:
 def tile_steps(vocab: int, k: int) -> int:
     """Rows of a tile: the most that leave 4 k blocks, 0 where the vocabulary is too small for blocks."""
     for rows in (16, 8, 4, 2, 1):
-        tiles, rest = divmod(vocab, rows * _GROUPS * 8)
-        if tiles * _GROUPS + min(_GROUPS, -(-rest // 8)) >= 4 * k:
+        blocks = -(-vocab // (rows * _GROUPS * 8)) * _GROUPS
+        if min(blocks, -(-vocab // 8)) >= 4 * k:
             return rows
     return 0
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teacher_dump.kernels import head_topk_reference
+from teacher_dump.kernels import head_topk_reference, head_topk_triton
 from teacher_dump.kernels.head_topk_triton import local_top_k, shaped_logits, tile_steps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,6 +131,26 @@ def test_soft_cap_and_scale(soft_cap: float | None, scale: float, dtype: torch.d
     check_ids, check_values, check_tail = head_topk_reference.local_top_k(shaped_NV, 8, TAUS)
     assert torch.equal(ids_NK, check_ids) and torch.equal(values_NK, check_values)
     torch.testing.assert_close(log_tail_NR, check_tail, rtol=1e-6, atol=2e-5)
+
+
+def test_likely_ids_that_are_neighbours_are_not_searched_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that fall with the id, as a tokeniser's numbering makes them: the search of last resort has no rows."""
+    asked: list[Tensor] = []
+
+    class Spy:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*arguments: Any, **constants: Any) -> None:
+                asked.append(arguments[-1].cpu().clone())
+                search[grid](*arguments, **constants)
+
+            return launch
+
+    search = head_topk_triton._search
+    monkeypatch.setattr(head_topk_triton, "_search", Spy())
+    falling_V = -1.5 * torch.arange(1, 151_937).float().log()
+    noise_NV = 2 * torch.randn(2, len(falling_V), generator=torch.Generator().manual_seed(0))
+    check((noise_NV + falling_V).bfloat16(), 256)
+    assert asked[0].tolist() == [0, 0]
 
 
 def test_tiles_leave_enough_blocks() -> None:
