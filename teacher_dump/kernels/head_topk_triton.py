@@ -27,7 +27,7 @@ from torch import Tensor
 from teacher_dump.kernels.temperatures import shared_base
 
 _GROUPS = 128
-"""G: a tile's row is 8 G contiguous columns, 8 of each block; its rows are dealt over the whole vocabulary, since likely
+"""G: a tile's row is 8 G contiguous columns, 8 of each block; its rows are dealt over the whole vocabulary, for likely
 ids are neighbours: tokenisers number them by how often they come."""
 _LOG2_E = math.log2(math.e)
 _UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
