@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import weakref
@@ -11,6 +12,21 @@ from typing import TypeVar
 from pipeline.stop_signals import LOOK_SECONDS, raise_if_stopped
 
 Item = TypeVar("Item")
+
+EXIT_SECONDS = 10.0
+"""So long a program that ends waits for the item that a thread is at."""
+_stops: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
+"""Of the threads that run, what stops each."""
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Python tears a daemon thread out of whatever it is at, which aborts the process where that is C++ code (torch)."""
+    running = [(thread, stop) for thread, stop in _stops.items() if thread.is_alive()]
+    for _, stop in running:
+        stop.set()
+    for thread, _ in running:
+        thread.join(EXIT_SECONDS)
 
 
 class Ahead(Iterator[Item]):
@@ -23,6 +39,7 @@ class Ahead(Iterator[Item]):
         # there is one, since a Ctrl-C in a `__del__` would be lost.
         arguments = (make, self._items, self._stop, weakref.ref(self))
         self._thread = threading.Thread(target=_fill, args=arguments, name="prefetch", daemon=True)
+        _stops[self._thread] = self._stop
         self._thread.start()
 
     def __next__(self) -> Item:

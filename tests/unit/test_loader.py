@@ -21,7 +21,6 @@ from pipeline import schema
 from pipeline.cache import Cache
 from pipeline.errors import UserError
 from pipeline.index import ShardEntry
-from pipeline.prefetch import ahead
 from pipeline.shard import DamagedShard, ShardFile
 from student.data.batch import IGNORE, Batch
 from student.data.loader import CacheDataModule, SplitLoader, TrainLoader
@@ -323,47 +322,3 @@ def test_other_group_size_travels_with_the_cache(tmp_path: Path, monkeypatch: py
     loader = TrainLoader([Cache(path)], 2, 0, 4)
     assert [loader.groups[0].rows_of(group) for group in range(3)] == [2, 2, 2]
     assert sorted(n for batch in loader for n in batch.sequence_id_B.tolist()) == list(range(6))
-
-
-def test_prefetch_keeps_order_and_bound() -> None:
-    made: list[int] = []
-
-    def make() -> Iterator[int]:
-        for n in range(50):
-            made.append(n)
-            yield n
-
-    items = ahead(make, depth=3)
-    assert next(items) == 0
-    threads = [t for t in threading.enumerate() if t.name == "prefetch"]
-    assert len(threads) == 1
-    for _ in range(100):
-        threads[0].join(0.005)
-    assert len(made) <= 1 + 3 + 1
-    assert list(items) == list(range(1, 50))
-    threads[0].join(10)
-    assert not threads[0].is_alive()
-
-
-def test_leaving_the_prefetch_early_stops_its_thread() -> None:
-    def endless() -> Iterator[int]:
-        n = 0
-        while True:
-            yield n
-            n += 1
-
-    items = ahead(endless, depth=2)
-    assert [next(items), next(items)] == [0, 1]
-    items.close()  # type: ignore[attr-defined]
-    assert not [t for t in threading.enumerate() if t.name == "prefetch"]
-
-
-def test_failure_in_the_prefetch_comes_after_what_was_made() -> None:
-    def fails() -> Iterator[int]:
-        yield 1
-        raise ZeroDivisionError("in the thread")
-
-    items = ahead(fails)
-    assert next(items) == 1
-    with pytest.raises(ZeroDivisionError, match="in the thread"):
-        next(items)
