@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import signal
@@ -50,7 +51,8 @@ def reports_of(module: str, case: dict[str, Any], timeout: float | None = None) 
 
     def stop() -> None:
         late.set()
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may just have ended
+            os.killpg(process.pid, signal.SIGKILL)
 
     timer = threading.Timer(timeout or 0.0, stop)
     said: collections.deque[str] = collections.deque(maxlen=LINES)

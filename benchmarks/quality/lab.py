@@ -137,8 +137,8 @@ class Lab:
         judged = self.judge(trial, run)
         seconds["evaluate"] = time.perf_counter() - after
         seconds["total"] = time.perf_counter() - started
-        tokens_per_step = trial.batch_rows * Cache(trial.train).spec.length
-        stored = Cache(trial.train).shards("train")
+        cache = Cache(trial.train)
+        tokens_per_step, stored = trial.batch_rows * cache.spec.length, cache.shards("train")
         common = {
             "device": device_name(), "versions": versions(), "date": datetime.now(UTC).date().isoformat(),
         }  # fmt: skip

@@ -161,9 +161,7 @@ class Pool:
                 self.dumps.poll()
                 self._give_up_failed()
                 self._hand_out()
-                if not any(worker.busy for worker in self.workers) and (
-                    not self.waiting or not self.workers or not self.clock.fits()
-                ):
+                if not any(worker.busy for worker in self.workers) and not (self.workers and self._in_time()):
                     return self.waiting
                 if self.clock.overdue():
                     return [*self.waiting, *(worker.trial for worker in self.workers if worker.trial is not None)]
@@ -190,15 +188,19 @@ class Pool:
             if worker.busy:
                 continue
             trial = self._next()
-            if trial is None or not self.clock.fits(bool(to_make(trial))):
+            if trial is None:
                 return
             self.waiting.remove(trial)
             worker.give({"trial": order_of(trial)}, trial)
 
+    def _in_time(self) -> list[Trial]:
+        """Those that would end in time if they began now."""
+        return [trial for trial in self.waiting if self.clock.fits(bool(to_make(trial)))]
+
     def _next(self) -> Trial | None:
-        """The first one whose caches are there and which would not wait for what another one is making."""
+        """The first of them whose caches are there and which would not wait for what another one is making."""
         being_made = {path for worker in self.workers if worker.trial is not None for path in to_make(worker.trial)}
-        for trial in self.waiting:
+        for trial in self._in_time():
             if self.dumps.ready.issuperset(caches_of(trial)) and being_made.isdisjoint(to_make(trial)):
                 return trial
         return None

@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_students_steps_continue_as_generation_does(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_students_steps_continue_as_generation_does(batch: int) -> None:
     case = decode_case.Case("student", 20, batch, steps=5, warmup=2, **decode.SMALL)
     seen: list[torch.Tensor] = []
     decoder = decode_case.StudentDecoder(case, torch.device("cpu"))
@@ -65,18 +65,7 @@ def test_what_does_not_fit_is_a_row_with_the_reason(
     found = [json.loads(line) for line in " ".join(lines).split("measured: ")[1:]]
     assert found == [{"skipped": "out of memory: Tried to allocate 120 GiB"}, {"tokens_per_s": 1.0}]
     monkeypatch.setattr(decode, "reports_of", lambda *_: iter(found))
-    words = [
-        "--small",
-        "--results",
-        str(tmp_path),
-        "--models",
-        "transformer",
-        "--contexts",
-        "9",
-        "8",
-        "--batches",
-        "64",
-    ]
+    words = f"--small --results {tmp_path} --models transformer --contexts 9 8 --batches 64".split()
     assert decode.main(words) == 0
     row, other = json.loads((tmp_path / "decode.json").read_text())["rows"]
     assert row["skipped"].startswith("out of memory") and "tokens_per_s" not in row

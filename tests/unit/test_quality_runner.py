@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +24,11 @@ from torch import Tensor
 
 from benchmarks.quality.__main__ import main, trials_of, write_answer
 from benchmarks.quality.arms import BUDGETS, load_arms
-from benchmarks.quality.caches import Dumps
 from benchmarks.quality.lab import Lab, RememberedTeacher
-from benchmarks.quality.pool import Clock, Pool, Worker, caches_of, known_seconds
+from benchmarks.quality.pool import caches_of
 from benchmarks.quality.results import RowFile, curves_of
 from benchmarks.quality.tables import attention_table, zero_shot_table
-from benchmarks.quality.trial import Trial, start_folder, to_make
+from benchmarks.quality.trial import Trial, to_make
 from pipeline.cache import Cache
 from pipeline.commit import commit_json, read_json
 from pipeline.errors import UserError
@@ -355,53 +354,6 @@ def test_seeds_come_before_arms(tmp_path: Path) -> None:
     arms = [load_arms()[name] for name in ("ce", "delta")]
     found = [trial.key[:2] for trial in trials_of(arms, [0, 1], BUDGETS["screen"], [], tmp_path)]
     assert found == [("ce", 0), ("delta", 0), ("ce", 1), ("delta", 1)]
-
-
-def test_nothing_is_begun_that_would_not_end_in_time() -> None:
-    clock = Clock(minutes=2.0, started=time.monotonic() - 60)
-    assert clock.fits()  # nothing is known yet
-    clock.note(90, first=True)
-    assert not clock.fits()
-    clock.note(50, first=False)  # kernels were loaded in the first one
-    assert clock.fits()
-    clock.note(61, first=False)
-    assert not clock.fits()
-    assert Clock(minutes=None).fits() and not Clock(minutes=None).overdue()
-    assert not clock.overdue() and Clock(minutes=0.1, started=time.monotonic() - 60).overdue()
-    assert not Clock(minutes=1.0, known=[70.0]).fits()
-    clock = Clock(minutes=2.0, started=time.monotonic() - 60)
-    clock.note(90, first=False, start=50)
-    assert clock.fits() and not clock.fits(makes_start=True)
-
-
-def test_nobody_waits_for_what_another_one_makes(scratch: Path, tmp_path: Path) -> None:
-    """A trial is taken that can go on by itself, until the start that the others need is there."""
-    names = ("start-only", "start-aligned-long", "start-aligned-kl", "ce", "start-aligned")
-    trials = {name: trial(scratch, tmp_path, name) for name in names}
-    dumps = SimpleNamespace(ready={"experiment", "experiment-other", "experiment-long"})
-    pool = Pool(list(trials.values()), cast(Dumps, dumps), Clock(None), 3, tmp_path, lambda *_: None)
-    assert pool._next() is trials["start-only"]
-    pool.waiting.remove(trials["start-only"])
-    maker = SimpleNamespace(busy=True, trial=trials["start-only"])
-    pool.workers.append(cast(Worker, maker))
-    assert pool._next() is trials["ce"]
-    pool.waiting.remove(trials["ce"])
-    assert pool._next() is None
-    start = start_folder(trials["start-only"]) / "checkpoints" / "last.ckpt"
-    start.parent.mkdir(parents=True)
-    start.touch()
-    assert pool._next() is trials["start-aligned-long"]
-    maker.trial = trials["start-aligned-long"]  # of two phases: others need its start alone, which is there
-    pool.waiting.remove(maker.trial)
-    assert pool._next() is trials["start-aligned-kl"]
-    dumps.ready.clear()
-    assert pool._next() is None
-
-
-def test_what_trials_took_is_known_for_the_device_and_budget() -> None:
-    row = {"budget": "screen", "device": "A", "seconds": {"total": 9.0}}
-    rows = [row, {**row, "device": "B"}, {**row, "budget": "headline"}, {"budget": "screen", "error": "x"}]
-    assert known_seconds(rows, "screen", "A") == [9.0]
 
 
 def test_a_remembered_teacher_tells_batches_apart() -> None:

@@ -1,0 +1,81 @@
+"""Which trial a worker of the experiments is given, and which would not end in time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+from benchmarks.quality.__main__ import trials_of
+from benchmarks.quality.arms import BUDGETS, load_arms
+from benchmarks.quality.caches import Dumps
+from benchmarks.quality.pool import Clock, Pool, Worker, known_seconds
+from benchmarks.quality.trial import Trial, start_folder
+
+READY = ("experiment", "experiment-other", "experiment-long")
+
+
+def trials_named(names: Sequence[str], scratch: Path) -> dict[str, Trial]:
+    arms = load_arms()
+    return {t.arm.name: t for t in trials_of([arms[name] for name in names], [0], BUDGETS["small"], [], scratch)}
+
+
+def test_nothing_is_begun_that_would_not_end_in_time() -> None:
+    clock = Clock(minutes=2.0, started=time.monotonic() - 60)
+    assert clock.fits()  # nothing is known yet
+    clock.note(90, first=True)
+    assert not clock.fits()
+    clock.note(50, first=False)  # kernels were loaded in the first one
+    assert clock.fits()
+    clock.note(61, first=False)
+    assert not clock.fits()
+    assert Clock(minutes=None).fits() and not Clock(minutes=None).overdue()
+    assert not clock.overdue() and Clock(minutes=0.1, started=time.monotonic() - 60).overdue()
+    assert not Clock(minutes=1.0, known=[70.0]).fits()
+    clock = Clock(minutes=2.0, started=time.monotonic() - 60)
+    clock.note(90, first=False, start=50)
+    assert clock.fits() and not clock.fits(makes_start=True)
+
+
+def test_nobody_waits_for_what_another_one_makes(tmp_path: Path) -> None:
+    """A trial is taken that can go on by itself, until the start that the others need is there."""
+    names = ("start-only", "start-aligned-long", "start-aligned-kl", "ce", "start-aligned")
+    trials = trials_named(names, tmp_path)
+    dumps = SimpleNamespace(ready=set(READY))
+    pool = Pool(list(trials.values()), cast(Dumps, dumps), Clock(None), 3, tmp_path, lambda *_: None)
+    assert pool._next() is trials["start-only"]
+    pool.waiting.remove(trials["start-only"])
+    maker = SimpleNamespace(busy=True, trial=trials["start-only"])
+    pool.workers.append(cast(Worker, maker))
+    assert pool._next() is trials["ce"]
+    pool.waiting.remove(trials["ce"])
+    assert pool._next() is None
+    start = start_folder(trials["start-only"]) / "checkpoints" / "last.ckpt"
+    start.parent.mkdir(parents=True)
+    start.touch()
+    assert pool._next() is trials["start-aligned-long"]
+    maker.trial = trials["start-aligned-long"]  # of two phases: others need its start alone, which is there
+    pool.waiting.remove(maker.trial)
+    assert pool._next() is trials["start-aligned-kl"]
+    dumps.ready.clear()
+    assert pool._next() is None
+
+
+def test_what_would_not_end_in_time_is_in_nobodys_way(tmp_path: Path) -> None:
+    """The first one's start takes too long; the next one needs none."""
+    trials = trials_named(("start-only", "ce"), tmp_path)
+    clock = Clock(minutes=2.0, started=time.monotonic() - 60)
+    clock.note(70, first=False, start=50)
+    dumps = SimpleNamespace(ready=set(READY))
+    pool = Pool(list(trials.values()), cast(Dumps, dumps), clock, 3, tmp_path, lambda *_: None)
+    assert pool._next() is trials["ce"]
+    pool.waiting.remove(trials["ce"])
+    assert pool._next() is None and not pool._in_time()
+
+
+def test_what_trials_took_is_known_for_the_device_and_budget() -> None:
+    row = {"budget": "screen", "device": "A", "seconds": {"total": 9.0}}
+    rows = [row, {**row, "device": "B"}, {**row, "budget": "headline"}, {"budget": "screen", "error": "x"}]
+    assert known_seconds(rows, "screen", "A") == [9.0]
