@@ -21,7 +21,7 @@ _stops: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.W
 
 @atexit.register
 def _stop_all() -> None:
-    """Python tears a daemon thread out of whatever it is at, which aborts the process where that is C++ code (torch)."""
+    """Python tears a daemon thread out of what it is at; where that is C++ code (torch), the process is aborted."""
     running = [(thread, stop) for thread, stop in _stops.items() if thread.is_alive()]
     for _, stop in running:
         stop.set()

@@ -129,9 +129,9 @@ def _target_logit(logits_NV: Tensor, targets_N: Tensor, start: int, soft_cap: fl
     own_N = (targets_N >= start) & (targets_N < start + vocab)
     raw_N1 = logits_NV.gather(1, (targets_N - start).clamp(0, vocab - 1)[:, None])
     if raw_N1.is_cuda and not (soft_cap is None and scale == 1.0):
-        from teacher_dump.kernels import head_topk_triton  # its tanh rounds as that of the top k does
+        from teacher_dump.kernels import logits_triton  # its tanh rounds as that of the top k does
 
-        shaped_N1 = head_topk_triton.shaped_logits(raw_N1, soft_cap, scale)
+        shaped_N1 = logits_triton.shaped_logits(raw_N1, soft_cap, scale)
     else:
         shaped_N1 = shaped_logits(raw_N1, soft_cap, scale).float()
     return shaped_N1.squeeze(1).masked_fill(~own_N, -torch.inf)

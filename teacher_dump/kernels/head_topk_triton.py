@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from teacher_dump.kernels.logits_triton import exp_sums, id_of_key, key_of, logit_of, logit_of_key, ordered_bits
 from teacher_dump.kernels.temperatures import shared_base
 
 _GROUPS = 128
@@ -32,70 +33,6 @@ ids are neighbours: tokenisers number them by how often they come."""
 _LOG2_E = math.log2(math.e)
 _UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 """Low bits of a float32 that a logit of the dtype never sets: the search for the K-th largest skips them."""
-
-
-@triton.jit
-def _logit(z, soft_cap, scale, ROUND: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr):
-    """The head's raw output as float32 logit: soft cap, then scale, rounded to the head's dtype; -0.0 becomes 0.0."""
-    x = z.to(tl.float32)
-    if CAPPED:
-        x = soft_cap * (2.0 * tl.sigmoid(2.0 * x / soft_cap) - 1.0)
-    if SCALED:
-        x = x * scale
-    if CAPPED or SCALED:
-        x = x.to(ROUND).to(tl.float32)
-    return x + 0.0
-
-
-@triton.jit
-def _ordered(x):
-    """Unsigned integers in the order of the floats; NaN comes last."""
-    bits = x.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF) ^ (-2147483648)).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _key(x, ids):
-    """int64 that orders by logit, then by smaller id."""
-    bits = x.to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
-
-
-@triton.jit
-def _key_logit(key):
-    ordered = (key >> 32).to(tl.int32)
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _key_id(key):
-    return 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
-
-
-@triton.jit
-def _exp_sums(x_SGE, coefficients, R: tl.constexpr, R2: tl.constexpr, POWERS: tl.constexpr, TOP: tl.constexpr):
-    """Sum of exp(x / tau) over axes 0 and 2 for every tau: (R2, G); R2 is R rounded up to a power of two.
-
-    POWERS has bit p set where some 1 / tau is p / q: then one exponential and products of its powers do.
-    """
-    slots = tl.arange(0, R2)[:, None]
-    sums = tl.zeros([R2, x_SGE.shape[1]], tl.float32)
-    if POWERS:
-        base = tl.exp2(x_SGE * tl.load(coefficients + R))
-        power = base
-        slot = 0
-        for p in tl.static_range(1, TOP + 1):
-            if (POWERS >> p) & 1:
-                sums += tl.where(slots == slot, tl.sum(tl.sum(power, 2), 0)[None, :], 0.0)
-                slot += 1
-            if p < TOP:
-                power *= base
-    else:
-        for slot in tl.static_range(R):
-            part = tl.exp2(x_SGE * tl.load(coefficients + slot))
-            sums += tl.where(slots == slot, tl.sum(tl.sum(part, 2), 0)[None, :], 0.0)
-    return sums
 
 
 @triton.jit
@@ -118,11 +55,11 @@ def _sum_blocks(
         column = first + s * (blocks * 8) + g[None, :, None] * 8 + e
         inside = column < vocab
         z = tl.load(z_ptr + row * stride_n + column, mask=inside, other=float("-inf"))
-        x = tl.where(inside, _logit(z, soft_cap, scale, z_ptr.dtype.element_ty, CAPPED, SCALED), float("-inf"))
+        x = tl.where(inside, logit_of(z, soft_cap, scale, z_ptr.dtype.element_ty, CAPPED, SCALED), float("-inf"))
         new_G = tl.maximum(maximum_G, tl.max(tl.max(x, 2), 0))
         shift_G = tl.where(new_G == float("-inf"), 0.0, new_G)
         fade_RG = tl.exp2((maximum_G - shift_G)[None, :] * c_R[:, None])
-        sums_RG = sums_RG * fade_RG + _exp_sums(x - shift_G[None, :, None], coefficients, R, R2, POWERS, TOP)
+        sums_RG = sums_RG * fade_RG + exp_sums(x - shift_G[None, :, None], coefficients, R, R2, POWERS, TOP)
         maximum_G = new_G
         first += S * blocks * 8
     block = tile * G + g
@@ -157,8 +94,8 @@ def _store_ranked(keys_ptr, count, ids_ptr, values_ptr, K, PART: tl.constexpr, O
             other = tl.load(keys_ptr + j, mask=j < count, other=-9223372036854775808)
             rank += tl.sum((other[None, :] > key[:, None]).to(tl.int32), 1)
         chosen = (i < count) & (rank < K)
-        tl.store(ids_ptr + rank, _key_id(key), mask=chosen)
-        tl.store(values_ptr + rank, _key_logit(key), mask=chosen)
+        tl.store(ids_ptr + rank, id_of_key(key), mask=chosen)
+        tl.store(values_ptr + rank, logit_of_key(key), mask=chosen)
         lowest = tl.minimum(lowest, tl.min(tl.where(chosen, key, 9223372036854775807)))
     return lowest
 
@@ -180,7 +117,7 @@ def _select(
 
     b = tl.arange(0, B2)
     maxima = tl.load(maxima_ptr + row * blocks + b, mask=b < blocks, other=float("-inf"))
-    ordered = tl.where(b < blocks, _ordered(maxima), 0)
+    ordered = tl.where(b < blocks, ordered_bits(maxima), 0)
     bound = _kth_largest(ordered, k, SKIP)
     hit = (ordered >= bound) & (b < blocks)
     hits = tl.sum(hit.to(tl.int32))
@@ -215,25 +152,25 @@ def _select(
         next_column = (block * 8)[None, :, None] + s * (blocks * 8) + e
         next_inside = (next_column < vocab) & (h < listed)[None, :, None]
         next_z = tl.load(z_ptr + row * stride_n + next_column, mask=next_inside, other=float("-inf"))
-        x = _logit(z, soft_cap, scale, z_ptr.dtype.element_ty, CAPPED, SCALED)
+        x = logit_of(z, soft_cap, scale, z_ptr.dtype.element_ty, CAPPED, SCALED)
         candidate = inside & (x >= lowest)
         ones = tl.reshape(candidate.to(tl.int32), [S * H * 8])
         at = tl.reshape(count + tl.cumsum(ones, 0) - 1, [S, H, 8])
-        tl.store(keys_ptr + at, _key(x, column), mask=candidate & (at < C))
+        tl.store(keys_ptr + at, key_of(x, column), mask=candidate & (at < C))
         count += tl.sum(ones)
         below = tl.where(inside & (candidate == 0), x - lowest, float("-inf"))
-        below_RH += _exp_sums(below, coefficients, R, R2, POWERS, TOP)
+        below_RH += exp_sums(below, coefficients, R, R2, POWERS, TOP)
     tl.debug_barrier()
 
     kept = tl.minimum(count, C)
     last_key = _store_ranked(keys_ptr, kept, ids_ptr + row * k, values_ptr + row * k, k, PART, OTHERS)
-    last = _key_logit(last_key)  # the K-th logit: no tail logit is above it
+    last = logit_of_key(last_key)  # the K-th logit: no tail logit is above it
     over_R = tl.zeros([R2], tl.float32)
     for first in range(0, kept, PART):
         i = first + tl.arange(0, PART)
         key = tl.load(keys_ptr + i, mask=i < kept, other=9223372036854775807)
-        over = tl.reshape(tl.where(key < last_key, _key_logit(key) - last, float("-inf")), [1, PART // 8, 8])
-        over_R += tl.sum(_exp_sums(over, coefficients, R, R2, POWERS, TOP), 1)
+        over = tl.reshape(tl.where(key < last_key, logit_of_key(key) - last, float("-inf")), [1, PART // 8, 8])
+        over_R += tl.sum(exp_sums(over, coefficients, R, R2, POWERS, TOP), 1)
     total_R = total_R * tl.exp2((missed_max - last) * c_R)
     total_R += tl.sum(below_RH, 1) * tl.exp2((lowest - last) * c_R) + over_R
     tl.store(tail_ptr + row * R + slots, last * c_R / 1.4426950408889634 + tl.log(total_R), mask=slots < R)
@@ -270,7 +207,7 @@ def _search(
             for first in range(0, vocab, COLUMNS):
                 inside = first + c < vocab
                 z = tl.load(z_ptr + first + c, mask=inside, other=0.0)
-                key = _ordered(_logit(z, soft_cap, scale, z_ptr.dtype.element_ty, CAPPED, SCALED))
+                key = ordered_bits(logit_of(z, soft_cap, scale, z_ptr.dtype.element_ty, CAPPED, SCALED))
                 reach += (inside & (key >= trial)).to(tl.int32)
             bound = tl.where(tl.sum(reach) >= k, trial, bound)
         above = tl.zeros([COLUMNS], tl.int32)
@@ -278,7 +215,7 @@ def _search(
         for first in range(0, vocab, COLUMNS):
             inside = first + c < vocab
             z = tl.load(z_ptr + first + c, mask=inside, other=0.0)
-            key = _ordered(_logit(z, soft_cap, scale, z_ptr.dtype.element_ty, CAPPED, SCALED))
+            key = ordered_bits(logit_of(z, soft_cap, scale, z_ptr.dtype.element_ty, CAPPED, SCALED))
             above += (inside & (key >= bound) & (key - bound >= top)).to(tl.int32)
         ties = k - tl.sum(above)  # as many of the equals, the smallest ids first
         seen, kept = 0, 0
@@ -286,15 +223,15 @@ def _search(
         for first in range(0, vocab, COLUMNS):
             inside = first + c < vocab
             z = tl.load(z_ptr + first + c, mask=inside, other=0.0)
-            x = _logit(z, soft_cap, scale, z_ptr.dtype.element_ty, CAPPED, SCALED)
-            key = _ordered(x)
+            x = logit_of(z, soft_cap, scale, z_ptr.dtype.element_ty, CAPPED, SCALED)
+            key = ordered_bits(x)
             equal = inside & (key >= bound) & (key - bound < top)
             order = seen + tl.cumsum(equal.to(tl.int32), 0)
             seen += tl.sum(equal.to(tl.int32))
             chosen = inside & (key >= bound) & ((equal == 0) | (order <= ties))
             at = kept + tl.cumsum(chosen.to(tl.int32), 0) - 1
             kept += tl.sum(chosen.to(tl.int32))
-            tl.store(keys_ptr + at, _key(x, first + c), mask=chosen & (at < C))
+            tl.store(keys_ptr + at, key_of(x, first + c), mask=chosen & (at < C))
             tail_max = tl.maximum(tail_max, tl.max(tl.where(inside & (chosen == 0), x, float("-inf"))))
         shift = tl.where(tail_max == float("-inf"), 0.0, tail_max)
         seen = 0
@@ -302,14 +239,14 @@ def _search(
         for first in range(0, vocab, COLUMNS):
             inside = first + c < vocab
             z = tl.load(z_ptr + first + c, mask=inside, other=0.0)
-            x = _logit(z, soft_cap, scale, z_ptr.dtype.element_ty, CAPPED, SCALED)
-            key = _ordered(x)
+            x = logit_of(z, soft_cap, scale, z_ptr.dtype.element_ty, CAPPED, SCALED)
+            key = ordered_bits(x)
             equal = inside & (key >= bound) & (key - bound < top)
             order = seen + tl.cumsum(equal.to(tl.int32), 0)
             seen += tl.sum(equal.to(tl.int32))
             rest = inside & ((key < bound) | (equal & (order > ties)))
             x = tl.reshape(tl.where(rest, x - shift, float("-inf")), [1, COLUMNS // 8, 8])
-            total_RG += _exp_sums(x, coefficients, R, R2, POWERS, TOP)
+            total_RG += exp_sums(x, coefficients, R, R2, POWERS, TOP)
         slots = tl.arange(0, R2)
         c_R = tl.load(coefficients + slots, mask=slots < R, other=0.0)
         tail_R = shift * c_R / 1.4426950408889634 + tl.log(tl.sum(total_RG, 1))
@@ -392,21 +329,6 @@ def local_top_k(
     # Column by column: an index tensor would have to be copied to the device, and the host would wait for that.
     columns = [tail_NR[:, order.index(r)] for r in range(len(taus))]
     return ids_NK, values_NK, torch.stack(columns, dim=1)
-
-
-@triton.jit
-def _shape(z_ptr, x_ptr, size, soft_cap, scale, CAPPED: tl.constexpr, SCALED: tl.constexpr, C: tl.constexpr):
-    at = tl.program_id(0) * C + tl.arange(0, C)
-    z = tl.load(z_ptr + at, mask=at < size, other=0.0)
-    tl.store(x_ptr + at, _logit(z, soft_cap, scale, z_ptr.dtype.element_ty, CAPPED, SCALED), mask=at < size)
-
-
-def shaped_logits(raw: Tensor, soft_cap: float | None, scale: float) -> Tensor:
-    """Contiguous raw outputs of the head as the float32 logits that `local_top_k` sees."""
-    shaped = torch.empty(raw.shape, dtype=torch.float32, device=raw.device)
-    grid = (-(-raw.numel() // 1024),)
-    _shape[grid](raw, shaped, raw.numel(), soft_cap or 1.0, scale, soft_cap is not None, scale != 1.0, 1024)
-    return shaped
 
 
 _CONSTANTS: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}

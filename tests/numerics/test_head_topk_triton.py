@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from teacher_dump.kernels import head_topk_reference, head_topk_triton
-from teacher_dump.kernels.head_topk_triton import local_top_k, shaped_logits, tile_steps
+from teacher_dump.kernels.head_topk_triton import local_top_k, tile_steps
+from teacher_dump.kernels.logits_triton import shaped_logits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TAUS = (1.0, 1.2, 1.5, 2.0)
