@@ -7,7 +7,7 @@ Cases: `bare` (vLLM prefill, one token sampled), `flat` (vLLM's prompt_logprobs 
 top-k, lse, tails, target logit, to pinned memory), `all` (and attention maps), `hidden` (and hidden states),
 `committed` (a dump of text to committed shards with the signals of `all`). A shape runs with random weights;
 `committed` writes such a teacher as a folder first, with the embedded teacher's tokenizer. Rows replace those of the
-same shape and case in results/dump_throughput.json; shares are always of the `bare` of the same run.
+same shape and case in RESULTS/dump_throughput.json; shares are always of the `bare` of the same run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measured import Row, device_name, merged_with, table, write_results
+from benchmarks.measured import RESULTS, Row, device_name, merged_with, table, write_results
 from benchmarks.throughput_case import MARK, TAUS, Case
 
 CASES = ("bare", "flat", "topk", "all", "hidden", "committed")
@@ -113,9 +113,9 @@ def measure_shape(name: str, folder: Path, arguments: argparse.Namespace) -> lis
 def save(arguments: argparse.Namespace, rows: list[Row]) -> Path:
     """After each shape, so that a time limit costs only the one at hand."""
     device = device_name()
-    kept = merged_with(arguments.name, rows, ("shape", "case"), device=device)
+    kept = merged_with(arguments.name, rows, ("shape", "case"), device=device, folder=arguments.results)
     settings = {"length": arguments.length, "k": 64, "taus": TAUS, "block": 64, "groups": 6, "window": 64}
-    return write_results(arguments.name, kept, device=device, settings=settings)
+    return write_results(arguments.name, kept, device=device, folder=arguments.results, settings=settings)
 
 
 def main() -> int:
@@ -131,7 +131,8 @@ def main() -> int:
     parser.add_argument("--tokenizer", default="data/smollm2-135m", help="folder with the tokenizer of that case")
     parser.add_argument("--scratch", help="folder on the disk that shards are written to")
     parser.add_argument("--profile", default="", help="folder for a table of kernels by time, one a case")
-    parser.add_argument("--name", default="dump_throughput", help="of the file in benchmarks/results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
+    parser.add_argument("--name", default="dump_throughput", help="of the JSON")
     arguments = parser.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as shapes:

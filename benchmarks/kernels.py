@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measured import device_name, table, write_results
+from benchmarks.measured import RESULTS, device_name, table, write_results
 from teacher_dump.kernels.head_topk_triton import local_top_k
 from teacher_dump.kernels.pooled_attention_reference import AttentionShape
 from teacher_dump.kernels.pooled_attention_triton import add_pooled_attention, row_lse
@@ -146,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, help="Hugging Face folder whose logits are searched too")
     parser.add_argument("--text", type=Path, help="a text file of some 20 kB for it to read")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device: the kernels run on a GPU only")
@@ -166,7 +167,8 @@ def main() -> None:
     rows += [hidden_row(1536, window, bytes_rate) for window in (1, 64)]
     print(table(rows))
     measured = {"copy_tb_per_s": bytes_rate / 1e6, "matmul_tflop_per_s": flops_rate / 1e6}
-    print(f"written to {write_results('kernels', rows, device=device_name(), rates=measured)}")
+    path = write_results("kernels", rows, device=device_name(), folder=arguments.results, rates=measured)
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

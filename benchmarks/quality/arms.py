@@ -53,6 +53,7 @@ class Question:
 
 
 QUESTIONS = {
+    "recommended": Question("What is the recommended student worth?", "recommended-ce"),
     "signal": Question("What of the teacher helps?", "ce"),
     "mix": Question("How much of the loss should be KL?", "delta"),
     "divergence": Question("Which KL, and what does a cache lose?", "mix-0.9"),
