@@ -199,11 +199,15 @@ def teacher_rate(
     """
     case = "hidden" if spec.window else "all" if spec.block else "topk"
     length = dump["settings"]["length"]
-    rates: dict[str, dict[str, float]] = {}
+    # Shares are of the bare prefill of their own run: a file may hold cases that another card measured.
+    shares: dict[str, dict[str, float]] = {}
+    bares: dict[str, dict[str, Any]] = {}
     for row in dump["rows"]:
-        rates.setdefault(row["shape"], {}).setdefault(row["case"], row["tokens_per_s"])
-    last = {row["shape"]: row for row in dump["rows"] if row["case"] == "committed"}
-    usable = [name for name in rates if name in KNOWN and "bare" in rates[name] and rates[name].keys() & SIGNALS]
+        if row.get("share"):
+            shares.setdefault(row["shape"], {}).setdefault(row["case"], row["share"])
+        if row["case"] == "bare":
+            bares.setdefault(row["shape"], row)
+    usable = [name for name in bares if name in KNOWN and shares.get(name, {}).keys() & SIGNALS]
     if not usable:
         raise UserError(
             "dump_throughput.json has no shape with the cases bare and topk or all: give --teacher_tokens_per_s, or "
@@ -211,16 +215,16 @@ def teacher_rate(
         )
     shapes = {name: TeacherShape.of_config(name, KNOWN[name]) for name in usable}
     near = min(usable, key=lambda name: abs(math.log(shapes[name].body / shape.body)))
-    here, bare = rates[near], rates[near]["bare"]
+    here, bare = shares[near], bares[near]["tokens_per_s"]
     share_of_peak = bare * shapes[near].flop(length) / (H200_TFLOPS * 1e12)
     taken = case if case in here else "all" if "all" in here else "topk"
     end_to_end, ends = 1.0, "text to shards not measured"
-    whole = [name for name, row in last.items() if row.get("share") and name in shapes and "all" in rates[name]]
+    whole = [name for name in usable if shares[name].keys() >= {"committed", "all"}]
     if whole:  # a small teacher waits for the tokeniser, a large one does not
         name = min(whole, key=lambda name: abs(math.log(shapes[name].body / shape.body)))
-        end_to_end = last[name]["share"] / (rates[name]["all"] / rates[name]["bare"])
+        end_to_end = shares[name]["committed"] / shares[name]["all"]
         ends = f"text to committed shards {end_to_end:.3f} of that, {name}"
-    where = f"{near}, T={length}, {dump['device']}, dump_throughput.json"
+    where = f"{near}, T={length}, {bares[near].get('device', dump['device'])}, dump_throughput.json"
     same = near == shape.name and spec.length == length and peak_tflops == H200_TFLOPS
     rate = bare if same else share_of_peak * peak_tflops * 1e12 / shape.flop(spec.length)
     how = "measured" if same else "scaled: 2 P FLOP a token and attention's, at the share of peak below"
@@ -231,7 +235,7 @@ def teacher_rate(
             f"of {peak_tflops:g} TFLOP/s",
             f"measured: {where} (peak {H200_TFLOPS:g}, data sheet)" + _gap(shape, shapes[near]),
         ),
-        Figure(here[taken] / bare * end_to_end, "of bare", f"measured: case {taken}, {where}; {ends}"),
+        Figure(here[taken] * end_to_end, "of bare", f"measured: case {taken}, {where}; {ends}"),
     )
 
 

@@ -138,6 +138,7 @@ class Arm:
         for unimportant in ("cache", "shards"):
             dump.pop(unimportant, None)
         student = {**self._student_files(), **self.options(budget)}
+        student.pop("model.graphs", None)  # changes times only
         judged = [_read(DUMPS / f"{name}.yaml") for name in (HELDOUT_CACHE, OTHER_CACHE)]
         what = [REVISION, student, dump, judged, budget.shards, budget.dump, self.start, self.teacher_in_loop]
         # Only where they are used: figures of arms without them stay what they were.

@@ -55,6 +55,27 @@ def facts() -> object:
     return toy_teacher(49_152, 576)[0]
 
 
+def test_the_arm_named_recommended_is_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    """What its row says is what a user of the preset gets, though the experiments have a base of their own."""
+    preset = ["--config", "manifests/students/recommended.yaml", "--cache=nowhere", "--run=nowhere"]
+    found = []
+    for words in (preset, trial(ARMS["recommended"], "headline").arguments()):
+        with pytest.raises(SystemExit):
+            train([*words, "--print_config"])
+        found.append(yaml.safe_load(capsys.readouterr().out))
+    assert ARMS["recommended"].budget == "headline"
+    for parsed in found:
+        parsed["data"].pop("seed")
+        parsed["model"].pop("graphs")  # the runner's own option: it changes times only
+        for name in ("chunk_rows", "attention_sinks", "attention_sign", "attention_normalise_rows"):
+            parsed["model"]["loss"].pop(name)  # of speed, and of a term whose weight is 0 in both
+    assert found[0]["model"]["loss"]["gamma"] == 0
+    for part in ("model", "data"):
+        assert found[0][part] == found[1][part]
+    same = ("max_epochs", "precision", "gradient_clip_val", "accumulate_grad_batches")
+    assert [found[0]["trainer"][name] for name in same] == [found[1]["trainer"][name] for name in same]
+
+
 def test_arms_cover_what_is_asked() -> None:
     assert {arm.overrides.get("data.k", 128) for arm in ARMS.values() if "k" in arm.question} == {8, 16, 32, 64, 128}
     assert [name for name, arm in ARMS.items() if arm.teacher_in_loop] == ["online", "start-aligned-online"]
@@ -205,5 +226,5 @@ def test_choosing() -> None:
         chosen(ARMS, ["ce", "start-aligned-first"], None, screen)
     with pytest.raises(UserError, match="--arms ec: no such file"):
         chosen(ARMS, ["ec"], None, screen)
-    with pytest.raises(UserError, match="--question what: known are signal"):
+    with pytest.raises(UserError, match="--question what: known are recommended"):
         chosen(ARMS, None, "what", screen)
