@@ -61,8 +61,8 @@ ready: # the same, silent when there is nothing to do
 	@$(PYTHON) scripts/setup.py --quiet
 
 demo: ready ## a small dump, a short training, its evaluation and report
-	@$(AGAIN) dump-teacher DUMP=demo SHARDS=4 CACHE=caches/demo
-	@$(AGAIN) train-student STUDENT=demo CACHE=caches/demo RUN=runs/demo
+	@options=$$($(PY) -m scripts.demo_options dump) && $(AGAIN)"$$options" dump-teacher DUMP=demo SHARDS=4 CACHE=caches/demo
+	@options=$$($(PY) -m scripts.demo_options train) && $(AGAIN)"$$options" train-student STUDENT=demo CACHE=caches/demo RUN=runs/demo
 	@$(AGAIN) eval CACHE=caches/demo RUN=runs/demo
 	@$(AGAIN) report CACHE=caches/demo RUN=runs/demo
 	@$(PY) -m pipeline summary --cache caches/demo --run runs/demo

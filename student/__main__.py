@@ -24,6 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from pipeline.bfloat16 import slow_in_bfloat16
 from pipeline.config import check_files_exist
 from pipeline.errors import UserError, run_command
 from student.data.loader import CacheDataModule
@@ -156,6 +157,11 @@ class TrainCLI(LightningCLI):
             say(f"going on with {self.run_folder} at step {self.resume_step} of {total}")
         else:
             say(f"training {self.run_folder}: {total} steps of {self.datamodule.batch_rows} rows")
+            if self.trainer.precision.startswith("bf16") and slow_in_bfloat16():
+                say(
+                    f"note: trainer.precision is {self.trainer.precision}, and this CPU does not multiply bfloat16: "
+                    "a new run with --trainer.precision 32-true takes a third of the time"
+                )
             if self.config.init_from:
                 self.model.configure_model()
                 load_initial(self.config.init_from, self.model.model)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from pipeline.bfloat16 import slow_in_bfloat16
 from pipeline.cache import Cache
 from pipeline.claim import clear_dead_claims
 from pipeline.index import WORTH_WHILE
@@ -93,6 +94,11 @@ def run_with(config: DumpConfig, engines: Engines) -> DumpResult:
 
 def on_this_machine(slots: list[EngineSlot], work: Work, pending: Units, progress: DumpProgress) -> list[str]:
     """An engine in each slot, for as many as there are units; of one, in this process."""
+    if len(pending) and work.config.engine.dtype == "bfloat16" and slow_in_bfloat16():
+        log.warning(
+            "engine.dtype is bfloat16, which this CPU does not multiply: a new cache with --engine.dtype float32 takes "
+            "a third of the time (its logits are then float32, and only students of such caches go with it)"
+        )
     if len(slots) > 1 and len(pending) > 1:
         return Workers(work, pending, slots[: len(pending)], progress).run()
     os.environ.update(slots[0].environment)
