@@ -74,6 +74,13 @@ class TrainCLI(LightningCLI):
             "schedule of its own. How shards that a cache gained since, or another cache of the same teacher, are "
             "taken in.",
         )
+        parser.add_argument(
+            "--explosion",
+            type=float,
+            default=5.0,
+            help="Stop where a batch's loss is more than so many times the mean of the last hundred steps, and a nat; "
+            "0: only where it is not finite.",
+        )
         parser.link_arguments("cache", "data.cache")
         parser.link_arguments("run", "trainer.default_root_dir")
 
@@ -83,6 +90,8 @@ class TrainCLI(LightningCLI):
                 raise UserError(f"--{name} is missing: name {meaning} (see python -m student --help)")
         if self.config.checkpoint_every < 1:
             raise UserError(f"--checkpoint_every is {self.config.checkpoint_every}: it must be 1 or more")
+        if self.config.explosion < 0 or 0 < self.config.explosion < 1:
+            raise UserError(f"--explosion is {self.config.explosion:g}: it must be 0, or 1 or more")
         self.run_folder = Path(self.config.run)
         text = self.parser.dump(self.config, skip_link_targets=True, skip_unset=False, format="yaml")
         self.resolved = yaml.safe_load(text)
@@ -147,6 +156,7 @@ class TrainCLI(LightningCLI):
         """Run or go on; returns the exit status."""
         self.model.trainer, self.trainer.datamodule = self.trainer, self.datamodule  # type: ignore[attr-defined]
         require_equal_shares(self.datamodule.batch_rows, self.trainer.num_devices * self.trainer.num_nodes)
+        self.model.watch.factor = self.config.explosion
         total = self.model.total_steps()
         self.log_lines.total_steps = total
         last = self.run_folder / "checkpoints" / LAST

@@ -93,7 +93,7 @@ class DistillModule(LightningModule):
         self._batch_ids: list[int] = []
         self._terms: dict[str, Tensor] = {}
         self._schedule = 0.0, 0.0
-        self._watch = FiniteWatch()
+        self.watch = FiniteWatch()
         self._norm: Tensor = torch.zeros(())
 
     def configure_model(self) -> None:
@@ -225,11 +225,11 @@ class DistillModule(LightningModule):
         Here, where the gradients' sum has brought the ranks together: before it, they would wait for the slowest twice.
 
         Raises:
-            UserError: the loss of a batch was not finite; names its sequences.
+            UserError: see `FiniteWatch.loss`.
         """
-        logged = self._of_all_ranks(self._terms)
+        logged, loss_R = self._of_all_ranks(self._terms)
         # Of all ranks: where one's is not finite, all stop, and none waits for another.
-        self._watch.loss(self._seen(logged["train/loss"]), self.trainer.global_step, self._batch_ids)
+        self.watch.loss(self._seen(loss_R), self.trainer.global_rank, self.trainer.global_step, self._batch_ids)
         alpha, tau = self._schedule
         logged |= {"alpha": _on_host(alpha), "tau": _on_host(tau)}
         logged["lr"] = _on_host(self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -239,8 +239,8 @@ class DistillModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
-        if self.trainer.scaler is None:  # float16's loss scaler meets infinities by itself
-            self._watch.gradients(self._seen(norm), optimizer)
+        # float16's loss scaler meets infinite gradients by itself; a loss that is not finite none gets better.
+        self.watch.gradients(self._seen(norm) if self.trainer.scaler is None else None, optimizer)
         self._norm = norm
         self.log("grad_norm", norm)
 
@@ -262,7 +262,7 @@ class DistillModule(LightningModule):
         return batch.to(device, non_blocking=True)
 
     def on_train_end(self) -> None:
-        self._watch.wait()
+        self.watch.wait()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self._tokens += batch.tokens * self.trainer.world_size
@@ -288,7 +288,7 @@ class DistillModule(LightningModule):
         self._tokens, self._since = 0, time.perf_counter()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._watch.wait()
+        self.watch.wait()
         checkpoint["compat_id"], checkpoint["compat"] = self._data.compat_id, self._data.compat
         checkpoint["step_counter"] = self.counter.state_dict()
 
@@ -361,12 +361,16 @@ class DistillModule(LightningModule):
         """As `FiniteWatch` wants it: only a fused optimiser can be told on the device."""
         return value.cpu() if isinstance(self.trainer.strategy, ShardedStrategy) else value
 
-    def _of_all_ranks(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is logged is the whole batch's: each rank's values are its part of it times the number of ranks."""
-        if self.trainer.world_size == 1:
-            return dict(values)
-        means = over_ranks(torch.stack([value.detach().float() for value in values.values()])) / self.trainer.world_size
-        return dict(zip(values, means.unbind(), strict=True))
+    def _of_all_ranks(self, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """What is logged is the whole batch's: each rank's values are its part of it times the number of ranks. And
+        loss_R, every rank's loss."""
+        ranks, loss = self.trainer.world_size, values["train/loss"].detach().float()
+        if ranks == 1:
+            return dict(values), loss.reshape(1)
+        own_R = torch.where(torch.arange(ranks, device=loss.device) == self.trainer.global_rank, loss, 0.0)
+        sums = over_ranks(torch.cat((torch.stack([value.detach().float() for value in values.values()]), own_R)))
+        means, loss_R = sums[:-ranks] / ranks, sums[-ranks:]
+        return dict(zip(values, means.unbind(), strict=True)), loss_R
 
 
 def _teacher(batch: Batch, tau: float, kl: Divergence | None) -> TeacherTopK:
