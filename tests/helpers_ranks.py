@@ -40,7 +40,9 @@ def slurm(rank: int, nodes: int, per_node: int, port: int) -> dict[str, str]:
     }
 
 
-def rank_main(arguments: list[str], variables: dict[str, str], output: Path, records: Path, stop: int) -> None:
+def rank_main(
+    arguments: list[str], variables: dict[str, str], output: Path, records: Path, stop: int, spoilt: int
+) -> None:
     """One rank: the training command with everything that it prints in a file."""
     os.environ.update(variables, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     with open(output, "wb") as file:
@@ -57,7 +59,8 @@ def rank_main(arguments: list[str], variables: dict[str, str], output: Path, rec
     ranks.SHARED_SECONDS = 2.0
     rank = int(variables.get("SLURM_PROCID", "0"))
     rank_zero_only.rank = rank  # type: ignore[attr-defined] # Lightning asks the environment on import, which is past
-    callback = recorder(records, stop if rank == 1 or "SLURM_PROCID" not in variables else 0)
+    is_last = rank == 1 or "SLURM_PROCID" not in variables
+    callback = recorder(records, stop if is_last else 0, spoilt if is_last else 0)
     command.TRAINER_DEFAULTS = {**command.TRAINER_DEFAULTS, "callbacks": [callback]}
     status = run_command(lambda: command.main(arguments))
     sys.stdout.flush()
@@ -65,8 +68,9 @@ def rank_main(arguments: list[str], variables: dict[str, str], output: Path, rec
     os._exit(status)
 
 
-def recorder(path: Path, stop: int) -> Any:
-    """A callback that writes down which rows every step of this rank had; with a SIGINT to itself at step `stop`."""
+def recorder(path: Path, stop: int, spoilt: int) -> Any:
+    """A callback that writes down which rows every step of this rank had; with a SIGINT to itself at step `stop`, and
+    NaN in the teacher's logits of the rows of step `spoilt`."""
     from lightning import Callback
 
     class Recorder(Callback):
@@ -77,6 +81,9 @@ def recorder(path: Path, stop: int) -> Any:
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
             if stop and trainer.global_step + 1 == stop:
                 os.kill(os.getpid(), signal.SIGINT)
+            if spoilt and trainer.global_step + 1 == spoilt:
+                batch.lse_BT.fill_(float("nan"))
+                batch.topk_logits_BTK.fill_(float("nan"))
 
         def on_validation_batch_start(self, trainer: Any, module: Any, batch: Any, index: int, *_: Any) -> None:
             ids = batch.sequence_id_B[(batch.target_BT >= 0).any(1)].tolist()
@@ -106,7 +113,8 @@ class Ranks:
             variables = slurm(rank, nodes, per_node, port) if ranks > 1 else {}
             own = [*arguments, *options.get("of_rank", {}).get(rank, [])]
             paths = (folder / f"{rank}.out", folder / f"{rank}.rows")
-            process = SERVER.Process(target=rank_main, args=(own, variables, *paths, stop))
+            given = (own, variables, *paths, stop, options.get("spoilt", 0))
+            process = SERVER.Process(target=rank_main, args=given)
             process.start()
             self.processes.append(process)
         for process in self.processes:

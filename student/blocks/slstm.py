@@ -30,6 +30,7 @@ from xlstm import sLSTMBlock, sLSTMLayerConfig
 from xlstm.blocks.slstm.cell import DTYPES, sLSTMCell_vanilla, sLSTMCellConfig, sLSTMCellFuncGenerator
 
 from student.blocks.mlstm import conv_inputs, last_inputs
+from student.cuda_toolkit import require_toolkit
 
 
 class _Scan(torch.autograd.Function):
@@ -163,6 +164,9 @@ class ScanCell(sLSTMCell_vanilla):
         return y_TBHd.permute(1, 2, 0, 3).to(input.dtype), state
 
     def _cuda_kernel(self, input_TB4Hd: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        from student.blocks.slstm_triton import widest_triton_head
+
+        require_toolkit(self.config.head_dim, widest_triton_head(input_TB4Hd.dtype))
         bfloat16 = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16
         kernel = _compiled_kernel(self.config.hidden_size, self.config.num_heads, "bfloat16" if bfloat16 else "float32")
         recurrent_kernel, bias = cuda_layout(self._recurrent_kernel_, self._bias_, self.config.num_heads)

@@ -38,6 +38,7 @@ from student.training.optimizer import OptimizerConfig, decays
 from student.training.ranks import over_ranks, start_sum
 from student.training.schedule import StepCounter
 from student.training.sharding import ShardedStrategy, shard, whole
+from student.training.warm_up import build_kernels, first_rank_first
 
 METRICS = (
     "train/loss",
@@ -158,16 +159,21 @@ class DistillModule(LightningModule):
         return True if strategy.root_device.type == "cuda" and plain else None
 
     def on_fit_start(self) -> None:
-        """Record graphs, if they are wanted and can be: before the loader's threads, whom no recording must meet."""
+        """On a GPU compile what the blocks need; record graphs, if they are wanted and can be: before the loader's
+        threads, whom no recording must meet. Not where weights are cut over ranks, which only compute together."""
         trainer, data = self.trainer, self._data
+        if self.device.type != "cuda" or isinstance(trainer.strategy, ShardedStrategy):
+            return
+        assert self.model is not None
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
+        blocks = self.model.blocks(data.pool_block if self.loss.gamma else 0).train()
+        lengths = sorted({spec.length for spec in data.specs})
+        with first_rank_first(trainer):
+            for length in lengths:
+                shape = (data.batch_rows // trainer.world_size, length, self.model.facts.width)
+                build_kernels(blocks, shape, dtype, input_gradient=self.student.train_embedding)
         alone = trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
-        alone = alone and not isinstance(trainer.strategy, ShardedStrategy)
-        lengths = {spec.length for spec in data.specs}
-        if self.graphs and self.device.type == "cuda" and alone and len(lengths) == 1:
-            assert self.model is not None
-            dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
-            blocks = self.model.blocks(data.pool_block if self.loss.gamma else 0)
-            shape = (data.batch_rows, lengths.pop(), self.model.facts.width)
+        if self.graphs and alone and len(lengths) == 1:
             self.model.graphed = record(blocks, shape, dtype, input_gradient=self.student.train_embedding)
 
     def on_train_start(self) -> None:

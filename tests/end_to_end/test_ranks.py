@@ -181,6 +181,18 @@ def test_torchrun_on_two_nodes(cache: Path, runs: Path, alone: Ranks) -> None:
     assert_same_weights(run, runs / "alone")
 
 
+def test_a_loss_that_is_not_a_number_is_told_of_the_rows_it_is_of(cache: Path, tmp_path: Path) -> None:
+    """All ranks stop; the one whose rows they were names them, the other one that rank."""
+    found = Ranks(tmp_path / "ranks", arguments(cache, tmp_path / "run"), per_node=2, spoilt=6)
+    assert all(status not in (0, None) for status in found.status)
+    assert "the loss is nan at step 5 on rank 1's sequences, which it names itself" in found.said[0]
+    named = re.search(r"the loss is nan at step 5 on sequences \[(\d+), (\d+)\]:", found.said[1])
+    assert named is not None and "Traceback" not in "".join(found.said)
+    alone = Ranks(tmp_path / "alone", arguments(cache, tmp_path / "other"))
+    assert {int(name) for name in named.groups()} < set(alone.rows[5])
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
+
+
 def test_a_rank_that_fails_ends_the_others(cache: Path, tmp_path: Path) -> None:
     """`make train-student GPUS=2` on a cache with a damaged shard, which only one of the ranks meets."""
     damaged = shutil.copytree(cache, tmp_path / "damaged")

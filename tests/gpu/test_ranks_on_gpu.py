@@ -1,6 +1,5 @@
-"""Weights cut over GPUs (`--trainer.strategy fsdp`), through NCCL: as trained without, resumed without, and evaluated.
-
-One GPU is enough for the first case: a rank alone goes the same way.
+"""Training on two GPUs through NCCL, each with all weights (DDP) or a part of them (`--trainer.strategy fsdp`): as on one,
+and a run that was killed there goes on with one. One GPU is enough for a case of FSDP: a rank alone goes the same way.
 """
 
 from __future__ import annotations
@@ -61,22 +60,22 @@ def train(cache: Path, run: Path, epochs_at_once: bool, *more: str) -> list[floa
 @pytest.mark.gpu
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("gpus", [1, 2])
-def test_sharded_training_is_training(gpus: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("gpus", "strategy"), [(1, "fsdp"), (2, "fsdp"), (2, "ddp")])
+def test_several_ranks_train_as_one_does(gpus: int, strategy: str, tmp_path: Path) -> None:
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs")
     cache = write_toy_cache(tmp_path / "cache", units=2, heldout_units=1, rows=10, length=128, width=64)
-    cut = (f"--trainer.devices={gpus}", "--trainer.strategy=fsdp")
+    several = (f"--trainer.devices={gpus}", f"--trainer.strategy={strategy}")
     with ThreadPoolExecutor(3) as pool:  # side by side: most of their time is importing and compiling
         runs = [
             pool.submit(train, cache, tmp_path / "plain", True, "--trainer.devices=1"),
-            pool.submit(train, cache, tmp_path / "sharded", True, *cut),
-            pool.submit(train, cache, tmp_path / "moved", False, *cut),
+            pool.submit(train, cache, tmp_path / "together", True, *several),
+            pool.submit(train, cache, tmp_path / "moved", False, *several),
         ]
-        plain, sharded, _ = (run.result() for run in runs)
-    assert len(plain) == len(sharded) == 10
-    assert max(abs(a - b) for a, b in zip(plain, sharded, strict=True)) < NATS
+        plain, together, _ = (run.result() for run in runs)
+    assert len(plain) == len(together) == 10
+    assert max(abs(a - b) for a, b in zip(plain, together, strict=True)) < NATS
     moved = train(cache, tmp_path / "moved", True, "--trainer.devices=1")
     assert max(abs(a - b) for a, b in zip(plain, moved, strict=True)) < NATS
-    student, _ = load_student(tmp_path / "sharded")
+    student, _ = load_student(tmp_path / "together")
     assert all(parameter.isfinite().all() for parameter in student.parameters())
