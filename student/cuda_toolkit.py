@@ -48,6 +48,6 @@ def require_toolkit(width: int, widest: int) -> None:
     if missing:
         raise UserError(
             f"--model.student.heads: sLSTM heads of width {width} are trained by a kernel that is compiled at its "
-            f"first use, and there is no {' and no '.join(missing)}: install it, or take more heads (up to {widest} wide "
-            "they need none)"
+            f"first use, and there is no {' and no '.join(missing)}: install it, or take more heads (up to {widest} "
+            "wide they need none)"
         )

@@ -1,5 +1,6 @@
-"""Training on two GPUs through NCCL, each with all weights (DDP) or a part of them (`--trainer.strategy fsdp`): as on one,
-and a run that was killed there goes on with one. One GPU is enough for a case of FSDP: a rank alone goes the same way.
+"""Training on two GPUs through NCCL, each with all weights (DDP) or a part of them (`--trainer.strategy fsdp`): as on
+one, and a run that was killed there goes on with one. One GPU is enough for a case of FSDP: a rank alone goes the same
+way.
 """
 
 from __future__ import annotations
