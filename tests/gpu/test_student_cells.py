@@ -50,6 +50,33 @@ def test_the_mlstm_kernel_is_about_as_far_from_float64_as_plain_tf32(
     assert not wrong
 
 
+@pytest.mark.parametrize(("length", "width"), [(512, 128), (384, 192), (100, 64)])
+def test_in_bfloat16_it_is_about_as_far_from_float64_as_the_plain_form(length: int, width: int) -> None:
+    """As the student trains: q, k, v in bfloat16, gates in float32; 192 is preset `paper`'s width."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (2, 3, length)
+    qkv = [torch.randn(*shape, width, device="cuda", generator=generator).bfloat16() for _ in range(3)]
+    gates = [torch.randn(shape, device="cuda", generator=generator) + bias for bias in (0.0, 4.0)]
+    weight = torch.randn(*shape, width, device="cuda", generator=generator)
+
+    def run(kernel: bool, dtype: torch.dtype, of_gates: torch.dtype) -> list[torch.Tensor]:
+        inputs = [*(x.to(dtype).requires_grad_() for x in qkv), *(x.to(of_gates).requires_grad_() for x in gates)]
+        q, k, v, i, f = inputs
+        h = mlstm_cell_backend(q, k, v, i[..., None], f[..., None]) if kernel else mlstm_chunkwise(*inputs)
+        y = torch.nn.functional.layer_norm(h.to(of_gates), (width,))
+        return [y, *torch.autograd.grad((y * weight.to(of_gates)).sum(), inputs)]
+
+    exact = run(False, torch.float64, torch.float64)
+    found = run(True, torch.bfloat16, torch.float32), run(False, torch.bfloat16, torch.float32)
+    wrong = []
+    for name, got, plain, want in zip("yqkvif", *found, exact, strict=True):
+        ours, theirs = ((x.double() - want).norm() / want.norm() for x in (got, plain))
+        print(f"{length}x{width} {name}: relative error {ours:.2e}, plain bfloat16 {theirs:.2e}")
+        if ours > 3 * theirs + 1e-2:
+            wrong.append(name)
+    assert not wrong
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_student_computes_the_same_on_cpu_and_gpu(autocast: bool) -> None:
     torch.manual_seed(0)

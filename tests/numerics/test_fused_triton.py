@@ -82,6 +82,27 @@ def test_rows_equal_the_plain_chunk(
     torch.testing.assert_close(grad_CV.cpu().double(), want_grad, rtol=1e-4, atol=2e-6)
 
 
+ON_GPU = pytest.param(3, 151_936, 64, marks=pytest.mark.skipif(DEVICE == "cpu", reason="takes the interpreter minutes"))
+
+
+@pytest.mark.parametrize(("rows", "vocab", "k"), [(3, 517, 16), (2, 9001, 64), ON_GPU])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.5, 8.0)])
+def test_bfloat16_rows_as_training_has_them(rows: int, vocab: int, k: int, scale: float, cap: float | None) -> None:
+    """Terms as of the same rounded logits; a gradient rounded once, to half a step of bfloat16. (The interpreter cuts off
+    where a GPU rounds: a whole step.)"""
+    raw_CV, target_C, teacher = problem(rows, vocab, k)
+    raw_CV, head = raw_CV.bfloat16(), Head(torch.empty(0), scale, cap)
+    want_ce, want_kl, want_grad = expected(raw_CV.float(), target_C, teacher, (0.2, 0.8), 1.3, head)
+    grad_CV = raw_CV.to(DEVICE)
+    ce_C, kl_C = launch(grad_CV, target_C, teacher, (0.2, 0.8), 1.3, head, "tail")
+    assert grad_CV.dtype == torch.bfloat16 and kl_C is not None and want_kl is not None
+    torch.testing.assert_close(ce_C.cpu().double(), want_ce, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kl_C.cpu().double(), want_kl, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        grad_CV.cpu().double(), want_grad, rtol=2.0 ** (-7 if DEVICE == "cpu" else -8), atol=2e-6
+    )
+
+
 def launch(
     grad_CV: torch.Tensor,
     target_C: torch.Tensor,

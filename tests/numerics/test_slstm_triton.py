@@ -72,19 +72,32 @@ def test_wide_heads_in_half_precision() -> None:
     torch.testing.assert_close(got_y.cpu().double(), plain(*exact)[0], rtol=1e-2, atol=1e-2)
 
 
+GPU = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no bfloat16 products")
+
+
 @pytest.mark.parametrize("empty", [True, False])
-def test_half_precision_gradients(empty: bool) -> None:
+@pytest.mark.parametrize(
+    ("length", "width", "dtype", "bound"),
+    [
+        (64, 16, torch.float16, 5e-3),
+        (24, 64, torch.float16, 5e-3),  # of preset `fast`
+        (24, 96, torch.float16, 5e-3),  # of preset `paper`
+        pytest.param(512, 64, torch.bfloat16, 4e-2, marks=GPU),
+        pytest.param(512, 96, torch.bfloat16, 4e-2, marks=GPU),
+    ],
+)
+def test_half_precision_gradients(length: int, width: int, dtype: torch.dtype, bound: float, empty: bool) -> None:
     """What is kept for the backward is in half precision: its rounding must not add up over a row."""
-    exact = inputs(2, 64, 2, 16, empty)
+    exact = inputs(2, length, 2, width, empty)
     single = [x.float().to(DEVICE) for x in exact]
-    single[0] = single[0].half()
+    single[0] = single[0].to(dtype)
     for x in (*exact[:3], *single[:3]):
         x.requires_grad_()
     plain(*exact)[0].sum().backward()
     slstm_recurrence(*single)[0].float().sum().backward()
     for name, got, want in zip(("x", "R", "bias"), single, exact, strict=False):
         assert got.grad is not None and want.grad is not None
-        assert (got.grad.cpu().double() - want.grad).norm() <= 5e-3 * want.grad.norm(), name
+        assert (got.grad.cpu().double() - want.grad).norm() <= bound * want.grad.norm(), name
 
 
 @pytest.mark.parametrize(("width", "dtype"), [(256, torch.float16), (96, torch.float32)])
