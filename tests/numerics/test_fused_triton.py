@@ -88,8 +88,9 @@ ON_GPU = pytest.param(3, 151_936, 64, marks=pytest.mark.skipif(DEVICE == "cpu", 
 @pytest.mark.parametrize(("rows", "vocab", "k"), [(3, 517, 16), (2, 9001, 64), ON_GPU])
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.5, 8.0)])
 def test_bfloat16_rows_as_training_has_them(rows: int, vocab: int, k: int, scale: float, cap: float | None) -> None:
-    """Terms as of the same rounded logits; a gradient rounded once, to half a step of bfloat16. (The interpreter cuts off
-    where a GPU rounds: a whole step.)"""
+    """Terms as of the same rounded logits; a gradient rounded once, to half a step of bfloat16. (The interpreter cuts
+    off where a GPU rounds: a whole step.)"""
+    step = 2.0 ** (-7 if DEVICE == "cpu" else -8)
     raw_CV, target_C, teacher = problem(rows, vocab, k)
     raw_CV, head = raw_CV.bfloat16(), Head(torch.empty(0), scale, cap)
     want_ce, want_kl, want_grad = expected(raw_CV.float(), target_C, teacher, (0.2, 0.8), 1.3, head)
