@@ -29,8 +29,9 @@ from teacher_dump.work import Work, is_done, require_cache
 from teacher_dump.writer import ShardWriter, ShardWriters
 
 WAIT_SECONDS = 5.0
-GROUPS_HELD = 2
-"""Row groups of captured rows in memory: one is encoded while the next is captured."""
+GROUPS_HELD, BYTES_HELD = 2, 1 << 30
+"""Captured rows in memory: row groups at least, one encoded while the next is captured, and bytes, so that the shard
+before can still be encoded while this one is captured: an engine may be faster than the thread that encodes."""
 
 
 class Report(Protocol):
@@ -82,7 +83,8 @@ class ShardTaker:
 
     def __init__(self, work: Work, report: Report, start: Callable[[Work], TeacherEngine] | None = None) -> None:
         self._work, self._report, self._start = work, report, start or start_engine
-        self._writers = ShardWriters(GROUPS_HELD * work.spec.rows_per_group, report.committed)
+        held = max(GROUPS_HELD * work.spec.rows_per_group, BYTES_HELD // work.spec.row_bytes)
+        self._writers = ShardWriters(held, report.committed)
         self._engine: TeacherEngine | None = None
         self._open = ExitStack()
 
