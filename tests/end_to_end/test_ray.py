@@ -88,6 +88,25 @@ def test_ray_started_for_one_worker(teacher: Path, corpus: Path, undisturbed: Pa
     check(tmp_path / "cache", undisturbed)
 
 
+def test_four_workers_share_the_work(
+    cluster: RayCluster, teacher: Path, corpus: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    cache, steps, begin = tmp_path / "cache", tmp_path / "steps", tmp_path / "begin"
+    for _ in range(3):
+        cluster.add()
+    script = waits_at(1, begin, rows=8, steps_file=str(steps))
+    process = start_dump(cluster, replayed(teacher, corpus, cache, SHARDS, undisturbed, script))
+    assert within(120, lambda: len(holders(cache)) == 4, process)
+    begin.touch()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "of 25, 4 workers): " in output, output
+    check(cache, undisturbed)
+    work = [line.split() for line in steps.read_text().splitlines()]
+    assert sorted(name for name, _, _ in work) == sorted(ALL), "every shard once: a step is all of its rows"
+    assert len({process for _, _, process in work}) == 4
+
+
 def test_two_workers_and_one_killed(
     cluster: RayCluster, teacher: Path, corpus: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
