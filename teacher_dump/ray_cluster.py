@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -90,10 +91,12 @@ def connected(option: str, say: Callable[[str], None]) -> Iterator[Any]:
             _reach(address)
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        program = Path(sys.executable).with_name("ray")  # its folder need not be on PATH
         named = f" (RAY_ADDRESS is {os.environ.get('RAY_ADDRESS')})" if option == AUTO else ""
         raise UserError(
-            f"--ray {option}{named}: {one_line(error)[:400]}: start Ray with `ray start --head` here and `ray start "
-            "--address=...` on the other machines, then run this command on one of them with --ray auto"
+            f"--ray {option}{named}: {one_line(error)[:400]}: start Ray with `{program} start --head` here and "
+            f"`{program} start --address=...` on the other machines, then run this command on one of them with --ray "
+            "auto"
         ) from None
     interrupt_on_sigterm()  # Ray has put a handler of its own there
     try:
