@@ -9,7 +9,8 @@ step of either is a CUDA graph; `student_eager` and `transformer_eager` are with
 cache which `generate` uses by default. All take the likeliest token. A prompt of the context's length is read first,
 for one row, and its state given to all rows; the steps after it are timed, the prompt by itself
 (`prefill_tokens_per_s`, one row). `state` is what is kept between tokens, `peak` the most memory while stepping. What
-does not fit is a row with the reason. Each model is a process; a row replaces the one that results/decode.json had.
+does not fit is a row with the reason. Each model is a process; a row replaces the one that results/decode.json had, and
+all that it then has are shown.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.decode_case import Case
-from benchmarks.measured import RESULTS, Row, device_name, merged_with, table, write_results
+from benchmarks.measured import RESULTS, Row, device_name, merged_with, read_rows, table, write_results
 from benchmarks.processes import reports_of
 
 MODELS = ("student", "transformer", "student_eager", "transformer_eager")
@@ -87,8 +88,9 @@ def main(words: list[str] | None = None) -> int:
             print(error, file=sys.stderr, flush=True)
     if not rows:
         return 1
-    print(table(rows, COLUMNS))
-    print(f"written to {save(arguments, rows)}")
+    path = save(arguments, rows)
+    print(table(read_rows(path), COLUMNS))
+    print(f"written to {path}")
     return 0
 
 

@@ -7,7 +7,8 @@ Cases: `bare` (vLLM prefill, one token sampled), `flat` (vLLM's prompt_logprobs 
 top-k, lse, tails, target logit, to pinned memory), `all` (and attention maps), `hidden` (and hidden states),
 `committed` (a dump of text to committed shards with the signals of `all`). A shape runs with random weights;
 `committed` writes such a teacher as a folder first, with the embedded teacher's tokenizer. Rows replace those of the
-same shape and case in RESULTS/dump_throughput.json; shares are always of the `bare` of the same run.
+same shape and case in RESULTS/dump_throughput.json, all of which are shown; shares are always of the `bare` of the
+same run.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measured import RESULTS, Row, device_name, merged_with, table, write_results
+from benchmarks.measured import RESULTS, Row, device_name, merged_with, read_rows, table, write_results
 from benchmarks.throughput_case import MARK, TAUS, Case
 
 CASES = ("bare", "flat", "topk", "all", "hidden", "committed")
+COLUMNS = ("shape", "case", "tokens_per_s", "share", "memory_gb", "tokens", "bytes_per_token")
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-1.5b": {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960,
@@ -145,7 +147,7 @@ def main() -> int:
             path = save(arguments, rows)
     if not rows:
         return 1
-    print(table(rows))
+    print(table(read_rows(path), COLUMNS))
     print(f"written to {path}")
     return 0
 

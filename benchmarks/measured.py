@@ -64,7 +64,7 @@ def write_results(name: str, rows: Sequence[Row], *, device: str, folder: Path =
     Raises:
         ValueError: a number is NaN or infinite, which JSON cannot say.
     """
-    head = {"device": device, "versions": versions(), "date": datetime.now(UTC).date().isoformat(), **extra}
+    head = {"device": device, "versions": versions(), "date": today(), **extra}
 
     def line(value: Any) -> str:
         return json.dumps(_rounded(value), ensure_ascii=False, allow_nan=False)
@@ -79,13 +79,19 @@ def write_results(name: str, rows: Sequence[Row], *, device: str, folder: Path =
     return path
 
 
+def today() -> str:
+    return datetime.now(UTC).date().isoformat()
+
+
 def merged_with(
     name: str, rows: Sequence[Row], keys: Sequence[str], *, device: str, folder: Path = RESULTS
 ) -> list[Row]:
     """Rows of `folder/NAME.json` with those of this run in their places, new ones behind them.
 
-    A benchmark of many cases can so be run a few at a time. Rows that another device or other versions gave are left
-    out, and the screen says so: one file speaks of one machine.
+    A benchmark of many cases can so be run a few at a time, on several cards. The file's head is to speak of this run:
+    a row that is kept says itself what it was measured with (`device`, `versions`, `date`) where the new head says
+    otherwise, and keeps what it said already. A row of this run replaces that of the same keys, whatever measured it.
+    Shares of a row are of its own run and stay what they were.
 
     Args:
         keys: the fields that tell rows apart.
@@ -94,16 +100,23 @@ def merged_with(
     if not path.is_file():
         return list(rows)
     record = json.loads(path.read_text(encoding="utf-8"))
-    if (record["device"], record["versions"]) != (device, versions()):
-        print(f"{path} was measured on {record['device']} or with other versions: its rows are left out")
-        return list(rows)
+    head = {"device": device, "versions": versions(), "date": today()}
 
     def identity(row: Row) -> tuple[Any, ...]:
         return tuple(row.get(key) for key in keys)
 
+    def stamped(row: Row) -> Row:
+        return {**row, **{key: record[key] for key, now in head.items() if key not in row and record[key] != now}}
+
     new = {identity(row): row for row in rows}
-    kept = [new.pop(identity(row), row) for row in record["rows"]]
+    kept = [new.pop(identity(row), stamped(row)) for row in record["rows"]]
     return [*kept, *new.values()]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file that `write_results` wrote."""
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
 
 
 def table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
@@ -111,8 +124,11 @@ def table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
 
     Args:
         columns: keys to show, in this order; by default every key of the first row. A row without one shows a dash.
+            `device` is shown too if any row says one.
     """
     names = list(columns if columns is not None else (rows[0] if rows else ()))
+    if "device" not in names and any("device" in row for row in rows):
+        names.append("device")
     cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     is_number = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]

@@ -14,7 +14,8 @@ the loss CE + KL + attention maps, for online and package CE + KL. AdamW, bf16-m
 
 The floor is (6 P + 4 V D) / R microseconds a token: P weights of the trained matrices (0.50 GFLOP a token at D=1536),
 V D the frozen head (0.93), R the FLOP/s that a large bfloat16 product reaches in the same process. `share` is the floor
-over what was measured. Each case is a process; its row replaces the one that results/train_throughput.json had.
+over what was measured. Each case is a process; its row replaces the one that results/train_throughput.json had, and all
+that it then has are shown.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measured import RESULTS, Row, device_name, merged_with, table, write_results
+from benchmarks.measured import RESULTS, Row, device_name, merged_with, read_rows, table, write_results
 from benchmarks.processes import in_own_process
 from benchmarks.train_step import LOSS_PRESET, PRESETS, Case
 
@@ -168,11 +169,13 @@ def main(words: list[str] | None = None) -> int:
         rows = run_cases(arguments, Path(scratch))
     if not rows:
         return 0 if arguments.profile else 1
+    path = save(arguments, rows)
+    rows = read_rows(path)
     print(table(rows, COLUMNS))
     parts = [{**{key: row[key] for key in KEYS}, **row["parts_us"]} for row in rows if "parts_us" in row]
     if parts:
         print(f"\nmicroseconds a token, forward and backward\n{table(parts)}")
-    print(f"written to {save(arguments, rows)}")
+    print(f"written to {path}")
     return 0
 
 

@@ -283,6 +283,7 @@ def student_rate(shape: TeacherShape, blocks: int, length: int, train: dict[str,
     scale = measured / student_flop(shape.width, blocks, shape.vocab_size) * peak / H200_TFLOPS
     how = "measured" if abs(scale - 1) < 1e-6 else f"scaled by {scale:.3f} (6 P + 4 V D FLOP a token, peak)"
     where = (
-        f"preset {row.get('preset')}, {row.get('batch')} x {row['length']}, {train['device']}, train_throughput.json"
+        f"preset {row.get('preset')}, {row.get('batch')} x {row['length']}, {row.get('device', train['device'])}, "
+        "train_throughput.json"
     )
     return Figure(row["tokens_per_s"] * scale, "tokens/s", f"{how}: {where}")

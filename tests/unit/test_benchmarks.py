@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import train_case, train_step, train_throughput
+from benchmarks import measured, train_case, train_step, train_throughput
 from benchmarks.measured import merged_with, table, write_results
 from benchmarks.processes import in_own_process
 from benchmarks.random_cache import benchmark_spec, random_columns, random_facts, write_random_cache
@@ -216,9 +216,7 @@ def test_the_clock_counts_the_waits_of_the_timed_steps_only() -> None:
     assert clock.waits == [0.5, 0.5] and clock.loss == 3.0
 
 
-def test_rows_are_merged_and_those_of_another_machine_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_are_merged(tmp_path: Path) -> None:
     def put(rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
         kept = merged_with("x", rows, ("a", "b"), device=device, folder=tmp_path)
         write_results("x", kept, device=device, folder=tmp_path)
@@ -230,8 +228,42 @@ def test_rows_are_merged_and_those_of_another_machine_left_out(
         {"a": 1, "b": 2, "v": 1},
         {"a": 2, "b": 1, "v": 2},
     ]
-    assert put([{"a": 1, "b": 1, "v": 3}], "elsewhere") == [{"a": 1, "b": 1, "v": 3}]
-    assert "measured on here" in capsys.readouterr().out
+
+
+def test_a_row_that_is_kept_says_what_measured_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def put(day: str, device: str, torch_version: str, *rows: dict[str, Any]) -> list[dict[str, Any]]:
+        monkeypatch.setattr(measured, "today", lambda: day)
+        monkeypatch.setattr(measured, "versions", lambda: {"torch": torch_version})
+        kept = merged_with("x", rows, ("a",), device=device, folder=tmp_path)
+        path = write_results("x", kept, device=device, folder=tmp_path)
+        head = json.loads(path.read_text())
+        assert (head["device"], head["versions"], head["date"]) == (device, {"torch": torch_version}, day)
+        assert measured.read_rows(path) == kept
+        return kept
+
+    put("day 1", "here", "1", *({"a": a, "v": 1, "share": 0.5} for a in range(4)))
+    old = {"v": 1, "share": 0.5}
+    of_here = {"device": "here", "date": "day 1"}
+    of_day_2 = put("day 2", "there", "1", {"a": 1, "v": 2}, {"a": 4, "v": 2})
+    assert of_day_2 == [
+        {"a": 0, **old, **of_here}, {"a": 1, "v": 2}, {"a": 2, **old, **of_here}, {"a": 3, **old, **of_here},
+        {"a": 4, "v": 2},
+    ]  # fmt: skip
+    there = {"v": 2, "versions": {"torch": "1"}, "date": "day 2"}
+    of_here |= {"versions": {"torch": "1"}}
+    assert put("day 3", "there", "2", {"a": 0, "v": 3}) == [
+        {"a": 0, "v": 3}, {"a": 1, **there}, {"a": 2, **old, **of_here}, {"a": 3, **old, **of_here}, {"a": 4, **there},
+    ]  # fmt: skip
+    assert put("day 3", "here", "2", {"a": 1, "v": 4}, {"a": 2, "v": 4}) == [
+        {"a": 0, "v": 3, "device": "there"}, {"a": 1, "v": 4}, {"a": 2, "v": 4}, {"a": 3, **old, **of_here},
+        {"a": 4, **there, "device": "there"},
+    ]  # fmt: skip
+
+
+def test_a_table_shows_the_device_of_rows_that_say_one() -> None:
+    rows = [{"a": 1}, {"a": 2, "device": "there", "date": "day 1"}]
+    assert [line.split() for line in table(rows, ["a"]).splitlines()[::2]] == [["a", "device"], ["1", "-"]]
+    assert table(rows[:1], ["a"]).splitlines()[0] == "a"
 
 
 def test_a_failed_or_slow_process_is_told_by_its_words() -> None:
