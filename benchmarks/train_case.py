@@ -34,8 +34,7 @@ def synthetic(case: Case) -> dict[str, Any]:
     if case.profile:
         return {"table": profile_table(step, device, case.warmup), "seconds": 1.0, "tokens": 0}
     found = measure_step(step, case, device)
-    if case.parts:
-        found["parts_us"] = step_parts(step, found["seconds"] / found["tokens"] * 1e6)
+    found["parts_us"] = step_parts(step, found["seconds"] / found["tokens"] * 1e6)
     return {**found, **floor(step.model, case, device)}
 
 

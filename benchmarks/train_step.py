@@ -44,7 +44,6 @@ class Case:
         micro_rows: rows of one forward pass of online and package, 0: as many as the memory holds (halved until so).
         cache, run: folders of the cases from shards.
         profile: print the kernels by their time instead.
-        parts: time the parts of the step as well (synthetic).
         graphs: launch the student's blocks as CUDA graphs.
     """
 
@@ -67,7 +66,6 @@ class Case:
     cache: str = ""
     run: str = ""
     profile: bool = False
-    parts: bool = True
     graphs: bool = False
 
     def spec(self) -> CacheSpec:

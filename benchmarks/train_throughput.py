@@ -10,7 +10,9 @@ targets), `synthetic` (ours, one batch that stays on the GPU, no trainer), `shar
 its trainer, loader and callbacks, from shards that the benchmark commits first), `shards_s3` (the same shards from an
 S3-compatible server on this machine, in the epoch after the first) and `shards_ddp2` (on two GPUs; the batch is that
 of each). The student is that of manifests/students/PRESET.yaml on a teacher of Qwen2.5-1.5B's width and vocabulary;
-the loss CE + KL + attention maps, for online and package CE + KL. AdamW, bf16-mixed, gradients clipped.
+the loss CE + KL + attention maps, for online and package CE + KL. AdamW, bf16-mixed, gradients clipped. Without
+--cases the first preset and shape run all cases that the machine's GPUs allow, the others `synthetic` and `shards`.
+A row of `synthetic` always has the times of the step's parts, the optimizer's among them.
 
 The floor is (6 P + 4 V D) / R microseconds a token: P weights of the trained matrices (0.50 GFLOP a token at D=1536),
 V D the frozen head (0.93), R the FLOP/s that a large bfloat16 product reaches in the same process. `share` is the floor
@@ -35,6 +37,7 @@ from benchmarks.processes import in_own_process
 from benchmarks.train_step import LOSS_PRESET, PRESETS, Case
 
 CASES = ("online", "package", "synthetic", "shards", "shards_s3", "shards_ddp2")
+OURS = ("synthetic", "shards")
 KEYS = ("preset", "case", "batch", "length")
 COLUMNS = [*KEYS, "tokens_per_s", "us_per_token", "share", "peak_gb", "micro_rows", "loader_wait_us", "longest_wait_s"]
 SMALL: dict[str, Any] = {
@@ -71,7 +74,7 @@ def run_cases(arguments: argparse.Namespace, scratch: Path) -> list[Row]:
     for batch, length in arguments.shapes:
         cache = scratch / f"cache-{batch}x{length}"
         for preset in arguments.presets:
-            for kind in arguments.cases:
+            for kind in arguments.cases or cases_of(arguments, preset, (batch, length)):
                 case = case_of(arguments, kind, preset, batch, length, scratch / f"{preset}-{batch}x{length}-{kind}")
                 case = replace(case, cache=str(cache))
                 started = time.perf_counter()
@@ -95,6 +98,15 @@ def run_cases(arguments: argparse.Namespace, scratch: Path) -> list[Row]:
     return rows
 
 
+def cases_of(arguments: argparse.Namespace, preset: str, shape: tuple[int, int]) -> tuple[str, ...]:
+    """What is measured unless --cases says it: all that the GPUs allow of the first preset and shape, ours of each."""
+    import torch
+
+    if (preset, shape) != (arguments.presets[0], arguments.shapes[0]):
+        return OURS
+    return CASES if torch.cuda.device_count() > 1 else tuple(case for case in CASES if case != "shards_ddp2")
+
+
 def to_write(case: Case) -> Case:
     """What writes a cache that is large enough for every case of this shape: two GPUs warm up on twice the rows."""
     return replace(case, case="write", steps=case.gpus * case.steps + case.warmup)
@@ -108,7 +120,7 @@ def case_of(arguments: argparse.Namespace, kind: str, preset: str, batch: int, l
     return Case(
         kind, batch, length, preset, steps, arguments.warmup, micro_rows=arguments.micro_rows,
         chunk_rows=arguments.chunk_rows, run=str(folder),
-        profile=arguments.profile, parts=not arguments.no_parts, graphs=arguments.graphs,
+        profile=arguments.profile, graphs=arguments.graphs,
         **(SMALL if arguments.small else {}),
     )  # fmt: skip
 
@@ -124,7 +136,7 @@ def save(arguments: argparse.Namespace, rows: list[Row]) -> Path:
 def parser() -> argparse.ArgumentParser:
     presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--cases", nargs="+", choices=CASES, help="all that the machine's GPUs allow, unless given")
+    options.add_argument("--cases", nargs="+", choices=CASES, help="of every preset and shape; else see above")
     options.add_argument("--presets", nargs="+", default=[LOSS_PRESET], choices=presets, help="shapes of the student")
     options.add_argument("--shapes", nargs="+", type=shape, default=[(64, 512), (16, 2048)], help="rows x tokens a row")
     options.add_argument("--steps", type=int, default=30, help="optimiser steps that are timed")
@@ -137,7 +149,6 @@ def parser() -> argparse.ArgumentParser:
         "--micro_rows", type=int, default=0, help="rows of a forward pass of online and package; 0: most"
     )
     options.add_argument("--chunk_rows", type=int, default=0, help="tokens whose logits exist at once; 0: the preset's")
-    options.add_argument("--no_parts", action="store_true", help="leave out the times of the step's parts")
     options.add_argument("--graphs", action="store_true", help="launch the student's blocks as CUDA graphs; see --name")
     options.add_argument(
         "--profile", action="store_true",
@@ -163,8 +174,6 @@ def main(words: list[str] | None = None) -> int:
     if arguments.profile:
         arguments.cases = arguments.cases or ["synthetic"]
         arguments.steps, arguments.shard_tokens = min(arguments.steps, 6), 0
-    if arguments.cases is None:
-        arguments.cases = CASES if torch.cuda.device_count() > 1 else CASES[:-1]
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         rows = run_cases(arguments, Path(scratch))
     if not rows:
@@ -172,7 +181,8 @@ def main(words: list[str] | None = None) -> int:
     path = save(arguments, rows)
     rows = read_rows(path)
     print(table(rows, COLUMNS))
-    parts = [{**{key: row[key] for key in KEYS}, **row["parts_us"]} for row in rows if "parts_us" in row]
+    shown = (*KEYS, "device")
+    parts = [{**{key: row[key] for key in shown if key in row}, **row["parts_us"]} for row in rows if "parts_us" in row]
     if parts:
         print(f"\nmicroseconds a token, forward and backward\n{table(parts)}")
     print(f"written to {path}")

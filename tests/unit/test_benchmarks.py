@@ -176,6 +176,17 @@ def test_shards_are_read_for_as_many_tokens_as_asked(kind: str, tokens: int, ste
     assert train_throughput.case_of(arguments, kind, "fast", 4, 64, tmp_path).steps == steps
 
 
+def test_which_cases_are_measured_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = train_throughput.parser().parse_args(["--presets", "fast", "paper"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert train_throughput.cases_of(arguments, "fast", (64, 512)) == train_throughput.CASES
+    for preset, shape in (("paper", (64, 512)), ("fast", (16, 2048)), ("paper", (16, 2048))):
+        assert train_throughput.cases_of(arguments, preset, shape) == ("synthetic", "shards")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = train_throughput.cases_of(arguments, "fast", (64, 512))
+    assert set(train_throughput.CASES) - set(found) == {"shards_ddp2"}
+
+
 @pytest.mark.parametrize(("kind", "share"), [("shards", 0.5), ("shards_ddp2", 0.25)])
 def test_a_rows_share_is_of_each_gpus_floor(kind: str, share: float) -> None:
     found = {"tokens_per_s": 250_000.0, "floor_us": 2.0, "tokens": 7, "seconds": 3.0}
