@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.commit import file_sha256
 from pipeline.inspection import column_facts
@@ -32,6 +34,24 @@ class ChangedSpec(CacheSpec):
 
     def write_options(self) -> dict[str, Any]:
         return CHANGES[self.layout](super().write_options())
+
+
+@dataclass(frozen=True)
+class ColumnSpec(CacheSpec):
+    """A shard's shape, of which one column alone is written, with the options that it has in a shard."""
+
+    column: str = field(default="")
+
+    def arrow_schema(self, metadata: dict[str, Any] | None = None) -> pa.Schema:
+        whole = super().arrow_schema(metadata)
+        return pa.schema([whole.field(self.column)], metadata=whole.metadata)
+
+    def write_options(self) -> dict[str, Any]:
+        options = super().write_options()
+        paths = [path for path in options["column_encoding"] if path.partition(".")[0] == self.column]
+        for name in ("column_encoding", "compression_level"):
+            options[name] = {path: options[name][path] for path in paths}
+        return {**options, "write_statistics": [path for path in options["write_statistics"] if path in paths]}
 
 
 class Layout(Protocol):
@@ -82,6 +102,20 @@ class ShardLayout:
     def read(self) -> list[Columns]:
         with ShardFile(self.folder, self.record, self.spec) as shard:
             return [shard.read_group(group) for group in range(shard.row_groups)]
+
+    def write_column(self, name: str) -> None:
+        """A file of one column alone."""
+        spec = ColumnSpec(**{f.name: getattr(self.spec, f.name) for f in fields(CacheSpec)}, column=name)
+        write_parquet(self.folder / "column.parquet", spec, METADATA, self.groups)
+
+    def read_column(self, name: str) -> list[Columns]:
+        """One column of the shard, with the checks of the whole."""
+        with ShardFile(self.folder, self.record, self.spec) as shard:
+            return [shard.read_group(group, [name]) for group in range(shard.row_groups)]
+
+    def read_column_plain(self, name: str) -> pa.Table:
+        """One column of the shard as pyarrow alone reads it: no checksums."""
+        return pq.read_table(self.folder / self.record.file, columns=[name], use_threads=False)
 
     def column_bytes(self) -> dict[str, int]:
         """Compressed bytes of every column, page headers included; `footer` is all the rest of the file."""

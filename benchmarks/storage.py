@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,51 @@ def measure(folder: Path, columns: Columns, spec: CacheSpec, origin: ShardRecord
         }
         if layout is shards[0]:
             row["commit"] = tokens / 1e3 / min(commits)
+            row |= column_speeds(shards[0], tokens, repetitions)
         if isinstance(layout, ShardLayout):
             row["columns"] = {name: size / tokens for name, size in layout.column_bytes().items()}
         rows.append(row)
     return rows
+
+
+def column_speeds(layout: ShardLayout, tokens: int, repetitions: int) -> Row:
+    """Of each column: writing a file of it alone, reading it alone out of the shard, with our reader and with pyarrow.
+
+    Returns:
+        `columns_SPEED_ktok_per_s` and, as for whole rows, `columns_median_over_best`; dictionaries by column.
+    """
+    names = layout.spec.arrow_schema().names
+    works = {"write": layout.write_column, "read": layout.read_column, "read_pyarrow": layout.read_column_plain}
+    cases = [(speed, name) for speed in works for name in names]
+    times = np.zeros((repetitions, len(cases)))
+    rng = np.random.default_rng(0)
+    for repetition in range(repetitions):
+        for i in rng.permutation(len(cases)):
+            speed, name = cases[i]
+            times[repetition, i] = cpu_seconds(partial(works[speed], name))
+    best = times.min(axis=0)
+    slower = (np.median(times, axis=0) / best).reshape(len(works), -1).max(axis=0)
+    found: Row = {f"columns_{speed}_ktok_per_s": {} for speed in works}
+    for (speed, name), seconds in zip(cases, best, strict=True):
+        found[f"columns_{speed}_ktok_per_s"][name] = float(tokens / 1e3 / seconds)
+    return {**found, "columns_median_over_best": dict(zip(names, slower.tolist(), strict=True))}
+
+
+def by_column(rows: Sequence[Row]) -> list[Row]:
+    """The project's own layout, a line for each K and column: bytes per token, then ktok/s of a core."""
+    speeds = {"write": "write", "read": "read", "read_pyarrow": "read, pyarrow"}
+    return [
+        {
+            "K": row["K"],
+            "column": name,
+            "B/token": row["columns"][name],
+            **{title: row[f"columns_{speed}_ktok_per_s"][name] for speed, title in speeds.items()},
+        }
+        for row in rows
+        if row["layout"] == "ours"
+        for name in SHOWN
+        if name in row["columns"]
+    ]
 
 
 def by_k(rows: Sequence[Row]) -> list[Row]:
@@ -190,7 +232,7 @@ def run(options: Options) -> int:
             measured = measure(Path(folder), narrow, spec, origin, options.repetitions)
         rows += [{**row, "tail_mass": float(np.nanmean(np.exp(log_mass)))} for row in measured]
     facts: dict[str, Any] = {
-        "units": "bytes per token; write, commit and read in thousands of tokens per second of CPU time",
+        "units": "bytes per token; write, commit, read (of columns too) in thousands of tokens per second of CPU time",
         "teacher": cache.manifest.settings["teacher"],
         "corpus": Path(cache.manifest.settings["corpus"]["source"]).name,
         "head_dtype": cache.manifest.compat["head_dtype"],
@@ -205,6 +247,8 @@ def run(options: Options) -> int:
     print(f"{facts['tokens']:,} tokens of {text}, on {device}")
     print("\nThe project's shards: bytes per token, and ktok/s of one core\n")
     print(table(by_k(rows)))
+    print("\nThe same by column: a file of it alone, and it alone out of a shard\n")
+    print(table(by_column(rows)))
     print("\nBeside other layouts of the same rows: × is a multiple of ours in the same run\n")
     print(table(beside_others(rows)))
     print(f"\n{path}")

@@ -82,6 +82,25 @@ def test_every_parquet_layout_keeps_the_rows_and_counts_every_byte(path: Path, t
     assert codec == ("SNAPPY" if name == "pyarrow's defaults" else "ZSTD")
 
 
+def test_a_column_alone_is_what_the_shard_has_of_it(path: Path, tmp_path: Path) -> None:
+    cache = Cache(path)
+    groups = in_groups(load_rows(cache, 256), cache.spec)
+    layout = ShardLayout(tmp_path, cache.spec, groups, next(cache.records()))
+    shard = pq.ParquetFile(tmp_path / "shard-00000.parquet")
+    assert shard.schema_arrow.names[:4] == ["sequence_id", "length", "next_id", "doc_ids"]
+    for at, name in enumerate(shard.schema_arrow.names):
+        for found, wanted in zip(layout.read_column(name), groups, strict=True):
+            assert_same(found, {name: wanted[name]})
+        plain = layout.read_column_plain(name)
+        layout.write_column(name)
+        alone = pq.ParquetFile(tmp_path / "column.parquet", page_checksum_verification=True)
+        assert alone.read().equals(plain) and plain.column_names == [name]
+        ours, there = (file.metadata.row_group(0) for file in (alone, shard))
+        assert ours.num_columns == 1
+        for fact in ("encodings", "compression", "total_compressed_size", "is_stats_set"):
+            assert getattr(ours.column(0), fact) == getattr(there.column(at), fact), (name, fact)
+
+
 def test_zstd_levels_are_different_files(tmp_path: Path) -> None:
     cache = Cache(write_toy_cache(tmp_path / "c", units=1, rows=16, length=128, k=24))
     groups = [load_rows(cache, 2048)]
@@ -117,6 +136,11 @@ def test_run_writes_what_it_prints(path: Path, tmp_path: Path, capsys: pytest.Ca
     assert [row["layout"] for row in record["rows"] if row["K"] == 4] == [*CHANGES, "uncompressed .npz"]
     four, most = (row for row in record["rows"] if row["layout"] == "ours")
     assert four["bytes"] < most["bytes"] and four["tail_mass"] > most["tail_mass"] > 0
+    for name, size in four["columns"].items():
+        speeds = [four[f"columns_{speed}_ktok_per_s"].get(name, 0) for speed in ("write", "read", "read_pyarrow")]
+        assert (min(speeds) > 0) == (name != "footer") and size > 0
+    assert "columns_write_ktok_per_s" not in record["rows"][1]
+    assert re.search(r"\n *4  topk_logits +\S+ +\S+ +\S+ +\S+\n", printed)
     assert four["commit"] > 0 and four["write_of_ours"] == four["bytes_of_ours"] == 1.0
     for row in record["rows"]:
         assert row["bytes_per_token"] == pytest.approx(row["bytes"] / 128, rel=1e-3)
