@@ -9,8 +9,30 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 from benchmarks.measured import device_name
+
+TEACHER = Path("data/smollm2-135m")
+
+
+def commands_of(gpu: bool, teacher: bool) -> dict[str, list[str]]:
+    """Benchmark -> its options, in the order they run.
+
+    Args:
+        gpu: whether there is one.
+        teacher: whether the embedded teacher's folder is there.
+    """
+    commands: dict[str, list[str]] = {"storage": []}
+    if gpu:
+        shapes = ["--shapes", "qwen2.5-1.5b", "llama-3.1-8b"]
+        commands |= {
+            "kernels": ["--teacher", str(TEACHER)] if teacher else [],
+            "dump_throughput": [*shapes, *(["--model", str(TEACHER)] if teacher else [])],
+            "train_throughput": ["--presets", "fast", "paper"],
+            "decode": [],
+        }
+    return commands
 
 
 def main(words: list[str] | None = None) -> int:
@@ -20,16 +42,14 @@ def main(words: list[str] | None = None) -> int:
     ).parse_args(words)
     import torch
 
-    names = ["storage"]
-    if torch.cuda.is_available():
-        names += ["kernels", "dump_throughput", "train_throughput", "decode"]
-    else:
-        print(f"{device_name()}: no CUDA device: only {names[0]} is measured")
-    shapes = {"dump_throughput": ["--shapes", "qwen2.5-1.5b", "llama-3.1-8b", "--model", "data/smollm2-135m"]}
+    gpu = torch.cuda.is_available()
+    commands = commands_of(gpu, TEACHER.is_dir())
+    if not gpu:
+        print(f"{device_name()}: no CUDA device: only {', '.join(commands)} is measured")
     failed = [
         name
-        for name in names
-        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *shapes.get(name, [])]).returncode
+        for name, options in commands.items()
+        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *options]).returncode
     ]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
