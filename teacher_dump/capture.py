@@ -123,7 +123,7 @@ class WorkerCapture:
         model_config = worker.vllm_config.model_config
         self.tensor_parallel = worker.vllm_config.parallel_config.tensor_parallel_size
         self.rank = worker.rank
-        self.head = head_owner(self.model)
+        self.head, self.matrix = head_owner(self.model)
         processor = self.head.logits_processor
         head_dtype = getattr(processor, "head_dtype", None) or model_config.dtype
         self.facts = ModelFacts(
@@ -222,7 +222,7 @@ class WorkerCapture:
         parts = []
         for first in range(0, hidden_ND.shape[0], step):
             at = slice(first, first + step)
-            with _raw_logits(self.head, self.shard):
+            with _raw_logits(self.head.logits_processor, self.matrix, self.shard):
                 logits_NV = self.model.compute_logits(hidden_ND[at])
             parts.append(
                 head_topk(
@@ -262,7 +262,7 @@ class WorkerCapture:
         return torch.stack(everyone)
 
     def _vocab_shard(self) -> VocabShard:
-        return VocabShard(int(self.head.lm_head.shard_indices.org_vocab_start_index), self._gather)
+        return VocabShard(int(self.matrix.shard_indices.org_vocab_start_index), self._gather)
 
     # Seam B
 
@@ -331,18 +331,17 @@ def _row_starts(rows: int) -> Tensor:
 
 
 @contextmanager
-def _raw_logits(head: Any, shard: VocabShard | None) -> Iterator[None]:
+def _raw_logits(processor: Any, matrix: Any, shard: VocabShard | None) -> Iterator[None]:
     """Let `compute_logits` return what the head's matrix gives: soft cap and scale are then part of the search, which
     spares copies of the size of the logits. Under tensor parallelism, this rank's columns instead of a gathered V.
 
     What else a model does to its logits acts on each logit alone.
     """
-    processor = head.logits_processor
     kept = {name: getattr(processor, name) for name in ("soft_cap", "scale", "org_vocab_size")}
     processor.soft_cap, processor.scale = None, 1.0
     if shard is not None:
         processor._gather_logits = lambda logits: logits
-        processor.org_vocab_size = head.lm_head.shard_indices.num_org_elements
+        processor.org_vocab_size = matrix.shard_indices.num_org_elements
     try:
         yield
     finally:

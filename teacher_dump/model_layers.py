@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 import torch
 
 from pipeline.errors import UserError
 from teacher_dump.kernels.pooled_attention_reference import AttentionShape
+
+_HEADS = ("lm_head", "output", "model.embed_tokens")
+"""Where vLLM's models keep the head's matrix; those with tied weights only (Gemma 2, Command R) have no `lm_head`."""
 
 
 def depth_groups(layers: int, groups: int) -> list[range]:
@@ -79,11 +84,17 @@ def _window(layer: Any) -> int:
     return max(0, int(window or 0))
 
 
-def head_owner(model: Any) -> Any:
-    """The module that holds both `lm_head` and `logits_processor` (the text part of a multimodal model)."""
+def head_owner(model: Any) -> tuple[Any, Any]:
+    """The module that holds the `logits_processor` (the text part of a multimodal model), and the head's matrix.
+
+    Raises:
+        UserError: no module has both.
+    """
     for module in model.modules():
-        if hasattr(module, "lm_head") and hasattr(module, "logits_processor"):
-            return module
+        if hasattr(module, "logits_processor"):
+            for path in _HEADS:
+                with suppress(AttributeError):
+                    return module, attrgetter(path)(module)
     raise UserError(f"{type(model).__name__} has no language model head: choose a causal language model as the teacher")
 
 

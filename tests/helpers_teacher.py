@@ -49,6 +49,35 @@ def make_teacher(path: Path, *, head_scale: float = 1.0, tied: bool = False) -> 
     return path
 
 
+def make_gemma(path: Path) -> Path:
+    """A random Gemma 2: a window of 24 tokens in its first and third layer, soft caps that bend scores and logits, no
+    head but the embedding."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(12)
+    config = Gemma2Config(
+        vocab_size=VOCAB,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        sliding_window=24,
+        attn_logit_softcapping=1.0,
+        final_logit_softcapping=5.0,
+        max_position_embeddings=128,
+        initializer_range=0.12,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    Gemma2ForCausalLM(config).float().save_pretrained(path)
+    return path
+
+
 def packed_rows(lengths: list[int], vocab: int, seed: int = 0) -> list[PackedRow]:
     """Random rows, each cut from two documents with id 0 between them; the last one has no next token."""
     generator = np.random.default_rng(seed)

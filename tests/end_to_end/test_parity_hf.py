@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_teacher import VOCAB, assert_parity, hugging_face, make_teacher, packed_rows
+from helpers_teacher import VOCAB, assert_parity, hugging_face, make_gemma, make_teacher, packed_rows
 
 from pipeline.errors import UserError
 from teacher_dump.engine import EngineOptions, TeacherEngine
@@ -127,6 +127,19 @@ def test_peaked_logits_keep_their_tails(tmp_path: Path) -> None:
         captured = list(engine.stream(0, rows))
     masses = np.concatenate([np.exp(got.log_tail_LR[:, 0] - got.lse_L) for got in captured])
     assert np.quantile(masses, 0.1) < 1e-5 < np.max(masses)
+    for got, want in zip(captured, hugging_face(teacher, rows, LENGTH, spec.block, spec.groups), strict=True):
+        assert_parity(got, want, spec)
+
+
+def test_windows_and_soft_caps_match_hugging_face(tmp_path: Path) -> None:
+    """Gemma 2: windowed layers beside others, one of each in its own depth group; the cap of the logits is ours."""
+    spec = replace(SPEC, groups=3, tail_samples=0)
+    teacher, rows = make_gemma(tmp_path), packed_rows(LENGTHS, VOCAB)
+    with TeacherEngine(teacher, length=LENGTH, capture=spec, options=OPTIONS) as engine:
+        assert engine.soft_cap == 5.0
+        captured = list(engine.stream(4, rows))
+    assert captured[0].attn_map_Gnn is not None
+    assert (captured[0].attn_map_Gnn[:, -1, 0] == 0).tolist() == [True, False, True]  # beyond the window
     for got, want in zip(captured, hugging_face(teacher, rows, LENGTH, spec.block, spec.groups), strict=True):
         assert_parity(got, want, spec)
 
