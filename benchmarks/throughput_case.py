@@ -110,7 +110,8 @@ def through_vllm(case: Case) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     from teacher_dump.engine import default_rows_per_step, kv_cache_bytes
-    from teacher_dump.vllm_process import prepare_process, shared_config
+    from teacher_dump.model_config import read_config
+    from teacher_dump.vllm_process import prepare_process
 
     prepare_process(quiet=True)
     rows_per_step = case.rows_per_step or default_rows_per_step(case.length)
@@ -126,7 +127,7 @@ def through_vllm(case: Case) -> dict[str, Any]:
         max_model_len=case.length + 1,
         max_num_seqs=2 * rows_per_step,
         max_num_batched_tokens=rows_per_step * case.length,
-        kv_cache_memory_bytes=kv_cache_bytes(shared_config(Path(case.model)), case.length, rows_per_step),
+        kv_cache_memory_bytes=kv_cache_bytes(read_config(Path(case.model) / "config.json"), case.length, rows_per_step),
         **arguments,
     )
     asked: dict[str, Any] = {"prompt_logprobs": case.k, "flat_logprobs": True} if flat else {}

@@ -6,7 +6,6 @@ The folder is written before the first shard, so that a cache whose dump was cut
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,16 +25,18 @@ from pipeline.stop_signals import stops_wait
 from pipeline.teacher_folder import TeacherFacts, TeacherFolder, facts_record
 from teacher_dump.embedded import resolve_embedded
 from teacher_dump.head_file import write_safetensors
+from teacher_dump.model_config import read_config
 from teacher_dump.token_bytes import token_bytes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CONFIG_FILES = ("config.json", "generation_config.json")
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-EMBEDDING = ("model.embed_tokens.weight", "transformer.wte.weight", "model.language_model.embed_tokens.weight")
-FINAL_NORM = ("model.norm.weight", "transformer.ln_f.weight", "model.language_model.norm.weight")
+LANGUAGE = "model.language_model."
+EMBEDDING = ("model.embed_tokens.weight", "transformer.wte.weight", "wte.weight", f"{LANGUAGE}embed_tokens.weight")
+FINAL_NORM = ("model.norm.weight", "transformer.ln_f.weight", "ln_f.weight", f"{LANGUAGE}norm.weight")
+NORM_EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 HEAD = ("lm_head.weight",)
-REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -145,7 +146,7 @@ def open_teacher(name: str, data_root: Path, separator: str | None) -> Teacher:
         layers=int(config["num_hidden_layers"]),
         heads=int(config["num_attention_heads"]),
         tied=is_tied(config, weights),
-        norm_eps=float(config.get("rms_norm_eps", config.get("layer_norm_eps", 1e-6))),
+        norm_eps=float(next((config[name] for name in NORM_EPS if name in config), 1e-6)),
         norm_offset=1.0 if gemma and model_type != "gemma3n" else 0.0,
         embedding_scale=float(config["hidden_size"]) ** 0.5
         if gemma
@@ -159,19 +160,6 @@ def open_teacher(name: str, data_root: Path, separator: str | None) -> Teacher:
         pad_id=_first(config.get("pad_token_id")),
     )
     return Teacher(name, path, facts)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A model's `config.json`; of a model with several parts, the language model's."""
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"teacher {path} is not valid JSON ({error}): fetch the file again") from None
-    config = {**config, **(config.get("text_config") or {})}
-    missing = [name for name in REQUIRED if name not in config]
-    if missing:
-        raise UserError(f"teacher {path} lacks {', '.join(missing)}: it is no causal language model's configuration")
-    return config
 
 
 def _first(value: Any) -> int | None:

@@ -4,32 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import logging
 import os
 import sys
 import tempfile
 import warnings
-from pathlib import Path
 from typing import Any
-
-from pipeline.errors import UserError
-
-
-def shared_config(model: Path) -> dict[str, Any]:
-    """The text part of a Hugging Face folder's `config.json`.
-
-    Raises:
-        UserError: the folder holds no readable `config.json`.
-    """
-    path = model / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the teacher must be a Hugging Face model folder") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}): fetch the teacher again") from None
-    return {**config, **config.get("text_config", {})}
 
 
 def prepare_process(quiet: bool) -> None:

@@ -286,3 +286,15 @@ def test_a_licence_goes_along_and_is_no_part_of_the_identity(tmp_path: Path) -> 
     (source / "LICENSE").write_text("MIT License")
     folder = write_teacher_folder(opened(source), tmp_path / "cache", "claim")
     assert folder.file("LICENSE").read_text() == "MIT License" and folder.facts == before
+
+
+def test_a_gpt2_is_read_under_its_own_names(tmp_path: Path) -> None:
+    """n_embd, n_layer and n_head; tensors as the hub's GPT-2 calls them, without `transformer.`."""
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    config = {"model_type": "gpt2", "vocab_size": V, "n_embd": D, "n_layer": 3, "n_head": 2, "layer_norm_epsilon": 1e-4}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"wte.weight": torch.randn(V, D), "ln_f.weight": torch.randn(D)}, str(folder / "model.safetensors"))
+    tokenizer().save(str(folder / "tokenizer.json"))
+    facts = write_teacher_folder(opened(folder), tmp_path / "cache", "claim").facts
+    assert (facts.width, facts.layers, facts.heads, facts.norm_eps, facts.tied) == (D, 3, 2, 1e-4, True)
