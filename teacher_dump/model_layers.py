@@ -44,11 +44,13 @@ def attention_layers(context: dict[str, Any]) -> list[tuple[str, Any]]:
         kind = type(layer).__name__
         if all(base.__name__ != "AttentionLayerBase" for base in type(layer).__mro__):
             continue
+        attends = getattr(layer, "attn_type", "decoder")
+        attends = getattr(attends, "value", attends)  # a string or a member of an enumeration
         why = None
         if kind != "Attention":
             why = f"is {kind}"
-        elif str(getattr(layer, "attn_type", "decoder")) not in ("decoder", "AttentionType.DECODER"):
-            why = f"attends as {layer.attn_type}"
+        elif attends != "decoder":
+            why = f"attends as {attends}"
         elif getattr(layer, "kv_sharing_target_layer_name", None) is not None:
             why = "reads another layer's keys"
         elif str(getattr(layer, "kv_cache_dtype", "auto")).startswith("fp8") or getattr(layer, "use_alibi_sqrt", False):
