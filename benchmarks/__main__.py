@@ -1,6 +1,6 @@
 """`python -m benchmarks`: every benchmark that this machine can run, with its defaults.
 
-Storage everywhere; on a GPU also kernels, dump_throughput, train_throughput and decode, up to an hour in all. Each
+Storage everywhere; on a GPU also kernels, dump_throughput, train_throughput, slstm and decode, an hour in all. Each
 writes benchmarks/results/NAME.json and is a command of its own: `python -m benchmarks.storage --help`.
 """
 
@@ -30,6 +30,7 @@ def commands_of(gpu: bool, teacher: bool) -> dict[str, list[str]]:
             "kernels": ["--teacher", str(TEACHER)] if teacher else [],
             "dump_throughput": [*shapes, *(["--model", str(TEACHER)] if teacher else [])],
             "train_throughput": ["--presets", "fast", "paper"],
+            "slstm": [],
             "decode": [],
         }
     return commands
