@@ -21,6 +21,14 @@ from pipeline.schema import CacheSpec
 
 H200_TFLOPS = 989.0
 """Dense bfloat16 peak of the H200 and the H100 SXM, from their data sheets."""
+GPU_MEMORY_GB = {"H200": 141.0, "H100": 80.0}
+"""Of the cards that rates were measured on, from their data sheets."""
+OTHER_MEMORY_GB = 80.0
+"""Taken where a rate names none of them."""
+VERIFY_RATE, VERIFY_K = 280_000, 64
+"""Tokens per second of one core that `verify` checks, and ids a token where that was measured (docs/cache.md)."""
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+"""Where the measurements are in the repository."""
 HIDDEN_BYTES = 2098 / 1536
 """Of one stored hidden value: measured at D = 1536, window 1 (docs/log.md)."""
 HIDDEN_RATE, WRITERS = 18_000 * 1536, 3
@@ -111,8 +119,10 @@ def read_results(folder: Path, name: str) -> dict[str, Any]:
     """
     path = folder / f"{name}.json"
     if not path.is_file():
+        beside = " (by default benchmarks/results beside the package pipeline is read)" if folder == RESULTS else ""
         raise UserError(
-            f"{path} is missing: run `python -m benchmarks.{name}`, or name the folder that has it with --results"
+            f"{path} is missing{beside}: run `python -m benchmarks.{name}`, or name the folder that has it with "
+            "--results"
         )
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -186,8 +196,8 @@ def _map_bytes(spec: dict[str, Any]) -> float:
 
 def teacher_rate(
     shape: TeacherShape, spec: CacheSpec, dump: dict[str, Any], peak_tflops: float
-) -> tuple[Figure, Figure, Figure]:
-    """Tokens per second of one GPU: bare prefill, its share of the peak, and our share of bare with these signals.
+) -> tuple[Figure, Figure, Figure, str]:
+    """Tokens per second of one GPU: bare prefill, its share of the peak, our share of bare with these signals.
 
     A teacher that was not measured is read at the share of peak of the measured one nearest in size, and keeps of that
     what we kept there. Text to committed shards against capture alone is what it was for the nearest where both were
@@ -196,6 +206,9 @@ def teacher_rate(
     Args:
         dump: the content of dump_throughput.json.
         peak_tflops: dense bfloat16 peak of the GPU it shall run on.
+
+    Returns:
+        The three figures, and the name of the GPU that was measured.
     """
     case = "hidden" if spec.window else "all" if spec.block else "topk"
     length = dump["settings"]["length"]
@@ -224,7 +237,8 @@ def teacher_rate(
         name = min(whole, key=lambda name: abs(math.log(shapes[name].body / shape.body)))
         end_to_end = shares[name]["committed"] / shares[name]["all"]
         ends = f"text to committed shards {end_to_end:.3f} of that, {name}"
-    where = f"{near}, T={length}, {bares[near].get('device', dump['device'])}, dump_throughput.json"
+    device = str(bares[near].get("device", dump["device"]))
+    where = f"{near}, T={length}, {device}, dump_throughput.json"
     same = near == shape.name and spec.length == length and peak_tflops == H200_TFLOPS
     rate = bare if same else share_of_peak * peak_tflops * 1e12 / shape.flop(spec.length)
     how = "measured" if same else "scaled: 2 P FLOP a token and attention's, at the share of peak below"
@@ -236,10 +250,30 @@ def teacher_rate(
             f"measured: {where} (peak {H200_TFLOPS:g}, data sheet)" + _gap(shape, shapes[near]),
         ),
         Figure(here[taken] * end_to_end, "of bare", f"measured: case {taken}, {where}; {ends}"),
+        device,
     )
 
 
 SIGNALS = {"topk", "all", "hidden"}
+
+
+def card_memory(device: str) -> tuple[float, str]:
+    """Gigabytes of the card that a rate names, and where that is from.
+
+    Args:
+        device: its name as measured, empty where none was.
+    """
+    for card, memory in GPU_MEMORY_GB.items():
+        if card in device:
+            return memory, f"{card}, which the rate was measured on"
+    return OTHER_MEMORY_GB, "taken: the rate names no card; --gpu_memory_gb says it"
+
+
+def verify_rate(k: int) -> Figure:
+    """Tokens per second of one core, every byte and number; the numbers a token grow with K, as their time does."""
+    how = "measured" if k == VERIFY_K else f"scaled by {VERIFY_K}/{k} ids a token from what was measured"
+    where = f"{VERIFY_RATE:,} tokens/s at K={VERIFY_K}, without hidden states, docs/cache.md"
+    return Figure(VERIFY_RATE * VERIFY_K / k, "tokens/s", f"{how}: {where}")
 
 
 def encoding_rate(spec: CacheSpec) -> Figure | None:

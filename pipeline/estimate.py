@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.costs import (
     JSON_BYTES,
     Figure,
+    card_memory,
     column_bytes,
     encoding_rate,
     raw_bytes,
@@ -20,18 +21,15 @@ from pipeline.costs import (
     readers,
     student_rate,
     teacher_rate,
+    verify_rate,
 )
 from pipeline.errors import UserError
 from pipeline.estimate_plan import Options, Plan, planned
 
-VERIFY_RATE = 280_000
-"""Tokens per second of one core that `verify` checks (docs/cache.md)."""
 DESCRIPTION = (
     "Say what a dump, and the training of a student from it, take: tokens, bytes, files, GPU hours and cost, each with "
     "where the figure comes from: measured and on what, given, or scaled by a rule. Starts nothing and reads no model."
 )
-GPU_BYTES = 141e9
-"""Memory of an H200."""
 SHARD_BYTES = 4e9
 """What a shard should not be larger than."""
 
@@ -42,7 +40,9 @@ def estimate(options: Options) -> tuple[dict[str, dict[str, Figure]], list[str]]
     Raises:
         UserError: see `planned`, `read_results`; or an option is out of range.
     """
-    for field in ("gpus", "tp", "gpu_tflops", "teacher_tokens_per_s", "student_tokens_per_s", "gpu_hour_cost"):
+    for field in (
+        "gpus", "tp", "gpu_memory_gb", "gpu_tflops", "teacher_tokens_per_s", "student_tokens_per_s", "gpu_hour_cost",
+    ):  # fmt: skip
         value = getattr(options, field)
         least = 0 if field == "gpu_hour_cost" else 1e-9
         if value is not None and not least <= value < math.inf:
@@ -53,6 +53,7 @@ def estimate(options: Options) -> tuple[dict[str, dict[str, Figure]], list[str]]
     footer = _footer(storage)
     per_token = sum(float(figure.value or 0) for figure in columns.values())
     shard_bytes = per_token * plan.tokens_per_shard + footer * max(1, plan.tokens_per_shard // plan.spec.group_tokens)
+    checking = verify_rate(plan.spec.k)
     total = shard_bytes * plan.all_shards + JSON_BYTES * plan.all_shards
     sections = {"what": _what(plan)}
     sections["bytes of a token"] = {
@@ -72,7 +73,7 @@ def estimate(options: Options) -> tuple[dict[str, dict[str, Figure]], list[str]]
         "records": Figure(JSON_BYTES * plan.all_shards, "B", f"{JSON_BYTES} B a shard's JSON; truth, read at `index`"),
         "index": _index(plan, options.results),
         "verify": Figure(
-            plan.all_tokens / VERIFY_RATE / 3600, "core h", "measured: docs/cache.md, every byte and number"
+            plan.all_tokens / float(checking.value or 0) / 3600, "core h", f"every byte and number; {checking.source}"
         ),
     }
     notes = []
@@ -82,6 +83,7 @@ def estimate(options: Options) -> tuple[dict[str, dict[str, Figure]], list[str]]
         notes.append(f"{plan.all_shards:,} shards in one folder: raise tokens_per_shard, or make several caches")
     sections["stage one"] = _stage_one(options, plan, per_token, notes)
     sections["stage two"] = _stage_two(options, plan, per_token, storage)
+    sections["both stages"] = _both(sections["stage one"], sections["stage two"])
     if options.gpu_hour_cost is None:
         notes.append("no cost: give --gpu_hour_cost")
     return sections, notes
@@ -121,34 +123,35 @@ def _what(plan: Plan) -> dict[str, Figure]:
 
 def _stage_one(options: Options, plan: Plan, per_token: float, notes: list[str]) -> dict[str, Figure]:
     shape = plan.teacher
-    weights = 2 * shape.parameters
-    needed = 2 ** math.ceil(math.log2(max(1, math.ceil(weights * 1.1 / GPU_BYTES))))
-    tp = options.tp or needed
-    if weights * 1.1 / tp > GPU_BYTES:
-        notes.append(f"{weights / 1e9:.0f} GB of weights do not fit {tp} GPUs of 141 GB: --tp {needed}")
-    if options.gpus < tp:
-        notes.append(f"one teacher needs {tp} GPUs, --gpus is {options.gpus}: GPU hours hold, the time does not")
-    if tp > 1:
-        notes.append(f"{tp} GPUs a teacher count as {tp} times one: what they lose to each other was not measured")
     found: dict[str, Figure] = {}
+    device = ""
     if options.teacher_tokens_per_s is None:
         dump = read_results(options.results, "dump_throughput")
-        bare, peak, ours = teacher_rate(shape, plan.spec, dump, options.gpu_tflops)
+        bare, peak, ours, device = teacher_rate(shape, plan.spec, dump, options.gpu_tflops)
         found = {"bare prefill, a GPU": bare, "share of peak": peak, "our share": ours}
         rate = Figure(float(bare.value or 0) * float(ours.value or 0), "tokens/s", "bare x our share")
     else:
         rate = Figure(options.teacher_tokens_per_s, "tokens/s", "given: --teacher_tokens_per_s")
+    gb, memory = 2 * shape.parameters / 1e9, options.gpu_memory_gb
+    where = "given: --gpu_memory_gb"
+    if memory is None:
+        memory, where = card_memory(device)
+    needed = 2 ** math.ceil(math.log2(max(1, math.ceil(gb * 1.1 / memory))))
+    tp = options.tp or needed
+    if gb * 1.1 / tp > memory:
+        notes.append(f"{gb:.0f} GB of weights do not fit {tp} GPUs of {memory:g} GB: --tp {needed}")
+    if options.gpus < tp:
+        notes.append(f"one teacher needs {tp} GPUs, --gpus is {options.gpus}: GPU hours hold, the time does not")
+    if tp > 1:
+        notes.append(f"{tp} GPUs a teacher count as {tp} times one: what they lose to each other was not measured")
     limit = encoding_rate(plan.spec)
     if limit is not None and float(limit.value or 0) < tp * float(rate.value or 0):
         found["encoding, a teacher"] = limit
         rate = Figure(float(limit.value or 0) / tp, "tokens/s", "encoding hidden states sets the pace")
     each = float(rate.value or 0)
-    found |= {"dump, a GPU": rate, "GPUs a teacher": Figure(tp, "", _tp_source(options, weights))}
+    fits = f"{gb:.0f} GB of bfloat16 weights and a tenth, {memory:g} GB a GPU ({where})"
+    found |= {"dump, a GPU": rate, "GPUs a teacher": Figure(tp, "", "given: --tp" if options.tp else fits)}
     return found | _spent(options, plan.all_tokens, each, plan.all_tokens, per_token, "written")
-
-
-def _tp_source(options: Options, weights: float) -> str:
-    return "given: --tp" if options.tp else f"{weights / 1e9:.0f} GB of bfloat16 weights, 141 GB a GPU"
 
 
 def _spent(
@@ -197,6 +200,21 @@ def _stage_two(options: Options, plan: Plan, per_token: float, storage: dict[str
     cores = each * options.gpus * times / (1e3 * row["read"])
     where = f"measured: storage.json, K={row['K']}: {row['read']:g} thousand tokens/s of a core, without hidden states"
     return found | {"cores that decode": Figure(cores, "cores", where)}
+
+
+def _both(one: dict[str, Figure], two: dict[str, Figure]) -> dict[str, Figure]:
+    """Sums of what both stages take; None where one of them cannot be known."""
+
+    def total(name: str, source: str) -> Figure:
+        parts = [stage[name].value if name in stage else None for stage in (one, two)]
+        known = [float(part) for part in parts if part is not None]
+        return Figure(sum(known) if len(known) == 2 else None, one[name].unit, source)
+
+    return {
+        "GPU hours": total("GPU hours", "stage one + stage two"),
+        "time": total("time", "one after the other, on the same GPUs"),
+        "cost": total("cost", one["cost"].source),
+    }
 
 
 def run(options: Options) -> int:

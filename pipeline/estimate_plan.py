@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.costs import H200_TFLOPS, KNOWN, STUDENT_BLOCKS, TeacherShape
+from pipeline.costs import H200_TFLOPS, KNOWN, RESULTS, STUDENT_BLOCKS, TeacherShape
 from pipeline.errors import UserError, one_line
 from pipeline.schema import CacheSpec
 
@@ -83,6 +83,8 @@ class Options:
     """GPUs that share the work"""
     tp: int | None = None
     """GPUs one teacher is spread over; by default as many as its bfloat16 weights need"""
+    gpu_memory_gb: float | None = None
+    """memory of a GPU; by default that of the card the measured rate names, else 80"""
     gpu_tflops: float = H200_TFLOPS
     """dense bfloat16 peak of a GPU, in TFLOP/s; rates are scaled by it"""
     teacher_tokens_per_s: float | None = None
@@ -93,8 +95,8 @@ class Options:
     """passes over the cache"""
     gpu_hour_cost: float | None = None
     """price of a GPU hour, in any currency"""
-    results: Path = Path("benchmarks/results")
-    """folder with the measurements"""
+    results: Path = RESULTS
+    """folder with the measurements; by default the repository's benchmarks/results, wherever the command runs"""
     json: bool = False
     """print JSON instead of a table"""
 

@@ -151,8 +151,54 @@ def test_a_teacher_that_is_not_known_is_scaled_by_its_parameters(manifest: Path)
     head = 2 * 128_256 * 8192
     assert half["bare prefill, a GPU"] / whole["bare prefill, a GPU"] == pytest.approx((70e9 - head) / (35e9 - head))
     assert whole["GPUs a teacher"] == 2 and half["GPUs a teacher"] == 1
+    assert of(manifest, teacher_params=60e9, **sizes)["stage one"]["GPUs a teacher"] == 2, "120 GB, on H100s"
     known = of(manifest, teacher="meta-llama/Llama-3.1-70B")["stage one"]
     assert known["bare prefill, a GPU"] == pytest.approx(whole["bare prefill, a GPU"], rel=0.05)
+
+
+def test_the_gpus_a_teacher_needs_are_of_the_card_that_was_measured(manifest: Path) -> None:
+    """Llama's rate is an H100's, Qwen's an H200's; a rate that is given names no card."""
+
+    def needs(**changes: Any) -> tuple[Any, str]:
+        sections, notes = estimate(Options(manifest=str(manifest), results=RESULTS, **changes))
+        figure = sections["stage one"]["GPUs a teacher"]
+        return figure.value, figure.source + "; ".join(notes)
+
+    large = {"teacher": "meta-llama/Llama-3.1-70B"}
+    for changes, gpus, told in (
+        (large, 2, "80 GB a GPU (H100, which the rate was measured on)"),
+        ({}, 1, "141 GB a GPU (H200, which the rate was measured on)"),
+        ({**large, "teacher_tokens_per_s": 4000.0}, 2, "80 GB a GPU (taken: the rate names no card"),
+        ({**large, "gpu_memory_gb": 40.0}, 4, "40 GB a GPU (given: --gpu_memory_gb)"),
+        ({**large, "gpu_memory_gb": 192.0}, 1, "192 GB a GPU"),
+        ({**large, "tp": 1}, 1, "do not fit 1 GPUs of 80 GB: --tp 2"),
+    ):
+        value, said = needs(**changes)
+        assert value == gpus and told in said, (changes, value, said)
+
+
+def test_both_stages_are_summed(manifest: Path) -> None:
+    found = of(manifest, gpus=8, gpu_hour_cost=3)
+    for name in ("GPU hours", "time", "cost"):
+        assert found["both stages"][name] == pytest.approx(found["stage one"][name] + found["stage two"][name]), name
+    assert of(manifest)["both stages"]["cost"] is None
+
+
+def test_the_time_of_verify_grows_with_k(manifest: Path) -> None:
+    hours = {k: of(manifest, k=k)["disk"]["verify"] for k in (16, 64, 256)}
+    assert hours[64] == pytest.approx(of(manifest)["what"]["rows"] * 2048 / 280_000 / 3600)
+    assert hours[16] == pytest.approx(hours[64] / 4) and hours[256] == pytest.approx(hours[64] * 4)
+    sections, _ = estimate(Options(manifest=str(manifest), results=RESULTS, k=16))
+    assert "scaled by 64/16 ids a token" in sections["disk"]["verify"].source
+
+
+def test_the_measurements_are_found_from_any_folder(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert estimate(Options(manifest=str(manifest)))[0]["stage one"]["GPU hours"].value
+    with pytest.raises(UserError, match="none.json is missing .by default benchmarks/results beside the package"):
+        read_results(Options().results, "none")
 
 
 def test_small_windows_are_limited_by_encoding(manifest: Path) -> None:
@@ -198,7 +244,7 @@ def test_every_figure_says_where_it_is_from(manifest: Path, capsys: pytest.Captu
     assert main([*arguments, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     sections = {title: rows for title, rows in record.items() if title not in ("options", "notes")}
-    assert len(sections) == 5
+    assert len(sections) == 6
     assert all(figure["source"] for rows in sections.values() for figure in rows.values())
     assert main(arguments) == 0
     text = capsys.readouterr().out
@@ -229,6 +275,7 @@ def test_every_manifest_here_is_understood(path: Path) -> None:
         (["--manifest", "{m}", "--teacher", "some/one", "--teacher_params", "7e9"], "needs --vocab_size too"),
         (["--manifest", "{m}", "--teacher_params", "1e6"], "embedding and head alone have"),
         (["--manifest", "{m}", "--gpus", "0"], "--gpus 0: must be above 0"),
+        (["--manifest", "{m}", "--gpu_memory_gb", "0"], "--gpu_memory_gb 0: must be above 0"),
         (["--manifest", "{m}", "--gpu_hour_cost", "-1"], "--gpu_hour_cost -1: must be 0 or more"),
         (["--manifest", "{m}", "--teacher_tokens_per_s", "0"], "--teacher_tokens_per_s 0: must be above 0"),
         (["--manifest", "{m}", "--student", "none.yaml"], "--student none.yaml: there is no such file"),
