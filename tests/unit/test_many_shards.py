@@ -1,10 +1,12 @@
-"""What is done with all shards of a cache at once grows little with their number: memory, not time, is looked at."""
+"""What is done with all shards of a cache at once grows little with their number: memory, and files opened and folders
+listed; time is not looked at. A million shards are the benchmark's (`python -m benchmarks.many_shards`)."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,17 +22,28 @@ from pipeline.verify import check_unit, read_plan
 FEW, MANY = 10_000, 40_000
 AIM = 500.0
 """Bytes a shard: 500 MB for a million of them."""
+OPENED = {"list_json": 1, "index": 1}
+"""Files that a case opens of each shard: its JSON, where there is no index; no other case opens any."""
+Taken = tuple[float, int, int]
+"""Bytes of memory; files opened and folders listed in the cache."""
 
 
-def grown(name: str, path: str, answer: multiprocessing.SimpleQueue[float]) -> None:
+def grown(name: str, path: str, answer: multiprocessing.SimpleQueue[Taken]) -> None:
     """A case in a process of its own, whose memory nothing was freed in before."""
+    seen: Counter[str] = Counter()
+
+    def note(event: str, arguments: tuple[object, ...]) -> None:
+        if event in ("open", "os.listdir", "os.scandir") and str(arguments[0]).startswith(path):
+            seen[event] += 1
+
+    sys.addaudithook(note)
     meter = Meter()
     CASES[name][1](Path(path), meter)
-    answer.put(1e6 * meter.memory_mb)
+    answer.put((1e6 * meter.memory_mb, seen["open"], seen["os.listdir"] + seen["os.scandir"]))
 
 
-def memory(name: str, path: Path) -> float:
-    answer: multiprocessing.SimpleQueue[float] = SERVER.SimpleQueue()
+def taken(name: str, path: Path) -> Taken:
+    answer: multiprocessing.SimpleQueue[Taken] = SERVER.SimpleQueue()
     process = SERVER.Process(target=grown, args=(name, str(path), answer))
     process.start()
     process.join(60)
@@ -49,15 +62,17 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks of memory are read from /proc")
 @pytest.mark.parametrize("name", CASES)
-def test_memory_of_a_shard(name: str, caches: dict[int, Path]) -> None:
+def test_memory_and_files_of_a_shard(name: str, caches: dict[int, Path]) -> None:
     if name == "list":  # the case before it that lists without an index has removed it
         for path in caches.values():
             Cache(path).build_index()
     seen: list[float] = []
     while len(seen) < 3 and not any(found < AIM for found in seen):  # on a busy machine threads overlap in other ways
-        peaks = {shards: memory(name, path) for shards, path in caches.items()}
-        seen.append((peaks[MANY] - peaks[FEW]) / (MANY - FEW))
+        (few, opened_few, listed_few), (many, opened_many, listed_many) = (taken(name, caches[n]) for n in (FEW, MANY))
+        seen.append((many - few) / (MANY - FEW))
     assert min(seen) < AIM, f"{CASES[name][0]}: {seen} bytes a shard"
+    assert opened_many - opened_few == OPENED.get(name, 0) * (MANY - FEW), f"{CASES[name][0]}: files opened"
+    assert listed_many == listed_few, f"{CASES[name][0]}: folders listed"
 
 
 def test_the_shards_are_those_of_a_real_cache(tmp_path: Path) -> None:
