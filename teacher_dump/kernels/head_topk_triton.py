@@ -12,6 +12,8 @@
 
 Legend: N rows (positions), V ids, K top-k, R temperatures, B blocks of columns, G blocks side by side in a tile,
 S tile rows, C candidates.
+
+N differs from step to step: no kernel is compiled for its divisors.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 """Low bits of a float32 that a logit of the dtype never sets: the search for the K-th largest skips them."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _sum_blocks(
     z_ptr, stride_n, vocab, maxima_ptr, sums_ptr, blocks, rows, coefficients, soft_cap, scale,
     CAPPED: tl.constexpr, SCALED: tl.constexpr, G: tl.constexpr, S: tl.constexpr, STEPS: tl.constexpr,
@@ -100,7 +102,7 @@ def _store_ranked(keys_ptr, count, ids_ptr, values_ptr, K, PART: tl.constexpr, O
     return lowest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _select(
     z_ptr, stride_n, vocab, maxima_ptr, sums_ptr, blocks, rows, coefficients, soft_cap, scale, k,
     hits_ptr, keys_ptr, ids_ptr, values_ptr, tail_ptr, marked_ptr,

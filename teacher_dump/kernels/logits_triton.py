@@ -75,7 +75,7 @@ def exp_sums(x_SGE, coefficients, R: tl.constexpr, R2: tl.constexpr, POWERS: tl.
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _shape(z_ptr, x_ptr, size, soft_cap, scale, CAPPED: tl.constexpr, SCALED: tl.constexpr, C: tl.constexpr):
     at = tl.program_id(0) * C + tl.arange(0, C)
     z = tl.load(z_ptr + at, mask=at < size, other=0.0)

@@ -41,7 +41,7 @@ def _scores(q_QE, k_SE, q_at, k_at, scale, soft_cap, slope, CAPPED: tl.constexpr
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lse_h"])
 def _pool(
     q_ptr, q_n, q_h, k_ptr, k_n, k_h, lse_ptr, lse_h, starts_ptr, out_ptr, out_b, out_i,
     scale, soft_cap, slopes_ptr, window, weight,
@@ -105,7 +105,7 @@ def _pool(
     tl.store(at, tl.load(at, mask=inside, other=0.0) + sums * (weight / queries)[:, None], mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lse_h"])
 def _row_lse(
     q_ptr, q_n, q_h, k_ptr, k_n, k_h, lse_ptr, lse_h, starts_ptr, scale, soft_cap, slopes_ptr, sinks_ptr, window,
     GROUP: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, TILE_Q: tl.constexpr, TILE_S: tl.constexpr,
