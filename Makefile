@@ -71,7 +71,7 @@ test: lint ## lint, types and every test
 	$(PY) -m mypy pipeline teacher_dump student benchmarks
 	$(PY) -m pytest -q $(ARGS)
 
-test-gpu: ready ## the tests that need a GPU, side by side (ARGS: names of some)
+test-gpu: ready ## the tests that need a GPU and those of the kernels, side by side (ARGS: names of some)
 	$(PY) scripts/gpu_tests.py $(ARGS)
 
 lint: ready ## ruff: rules and format

@@ -1,11 +1,12 @@
 """The tests that need a GPU, side by side: most of their time is compiling, which takes cores and not the GPU.
 Those that start vLLM come after them, alone: it measures how much memory is free, and others would change that.
 
-    python scripts/gpu_tests.py                                  # every file of tests/gpu, a process each
-    python scripts/gpu_tests.py graphs_on_gpu training_on_gpu:resumed --timeout 300
+    python scripts/gpu_tests.py                                  # every file, a process each
+    python scripts/gpu_tests.py graphs_on_gpu head_topk_triton training_on_gpu:resumed --timeout 300
 
-A name is that of a file without `test_`; after a colon, what pytest's -k takes. Output goes to LOGS/NAME.log; the
-status is 0 if nothing failed and all was over in time.
+The files are those of tests/gpu, and those of tests/numerics that take a GPU where there is one (the kernels' on odd
+shapes, interpreted elsewhere). A name is that of a file without `test_`; after a colon, what pytest's -k takes. Output
+goes to LOGS/NAME.log; the status is 0 if nothing failed and all was over in time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-TESTS = Path("tests/gpu")
+TESTS, NUMERICS = Path("tests/gpu"), Path("tests/numerics")
 ALONE = ("dump_on_gpu",)
 LINES = 15
 """Of a log that is shown where tests failed."""
@@ -34,10 +35,15 @@ class Running:
     log: Path
 
 
-def parser() -> argparse.ArgumentParser:
-    known = sorted(path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py"))
+def known_files() -> dict[str, Path]:
+    """Every file of tests that a GPU is good for, by its name."""
+    interpreted = [path for path in NUMERICS.glob("test_*.py") if "cuda.is_available" in path.read_text("utf-8")]
+    return {path.stem.removeprefix("test_"): path for path in sorted([*TESTS.glob("test_*.py"), *interpreted])}
+
+
+def parser(known: dict[str, Path]) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("names", nargs="*", default=known, help=f"some of {', '.join(known)}")
+    options.add_argument("names", nargs="*", default=list(known), help=f"some of {', '.join(known)}")
     options.add_argument("--timeout", type=float, default=1800.0, help="seconds for all of them")
     options.add_argument("--logs", type=Path, default=Path("runs/gpu_tests"), help="folder for their output")
     return options
@@ -71,20 +77,20 @@ def passed(test: Running, seconds: float) -> bool:
 
 
 def main(words: list[str] | None = None) -> int:
-    options = parser()
+    known = known_files()
+    options = parser(known)
     given = options.parse_args(words)
     end = time.monotonic() + given.timeout
     given.logs.mkdir(parents=True, exist_ok=True)
     rounds: list[list[tuple[str, Path, str]]] = [[]]
     for name in given.names:
         file, _, wanted = name.partition(":")
-        path = TESTS / f"test_{file}.py"
-        if not path.is_file():
-            options.error(f"{name}: there is no {path}")
+        if file not in known:
+            options.error(f"{name}: no such file of tests: choose from {', '.join(known)}")
         if file in ALONE:
-            rounds.append([(name, path, wanted)])
+            rounds.append([(name, known[file], wanted)])
         else:
-            rounds[0].append((name, path, wanted))
+            rounds[0].append((name, known[file], wanted))
     failed = []
     for together in rounds:
         running = [start(*test, given.logs) for test in together]
