@@ -16,7 +16,7 @@ from pipeline.manifest import read_manifest
 from pipeline.row_checks import check_indices
 from pipeline.schema import HELDOUT_UNIT, MOST_GROUPS, unit_name
 from pipeline.shard import Columns, DamagedShard, ShardFile, ShardRecord, read_record
-from pipeline.store import open_path
+from pipeline.store import is_file, open_path
 from pipeline.teacher_folder import TeacherFolder, local_teacher
 
 SPLITS = ("train", "heldout")
@@ -118,7 +118,7 @@ class Cache:
         try:
             return self.record(unit)
         except UserError:
-            if (self.path / f"{unit_name(unit)}.json").is_file():
+            if is_file(self.path / f"{unit_name(unit)}.json"):
                 raise
             return None
 
@@ -134,8 +134,8 @@ class Cache:
         """The record of shard number `shard` of `split`."""
         unit = shard + HELDOUT_UNIT if split == "heldout" else shard
         path = self.path / f"{unit_name(unit)}.json"
-        if not path.is_file():
-            here = len(list(self.path.glob("shard-*.json")))
+        if not is_file(path):
+            here = len(listed_units(self.path, "train"))
             raise UserError(f"{path} is missing: the cache has {here} training shards; name another one (SHARD=...)")
         return self.record(unit)
 

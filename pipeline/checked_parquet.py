@@ -35,6 +35,7 @@ from pipeline.parquet_headers import (
     footer_layout,
 )
 from pipeline.schema import MOST_GROUPS, MOST_ID_BYTES, CacheSpec
+from pipeline.store import open_file
 from pipeline.thrift import Malformed, Reader
 
 FOOTER_BYTES = 1 << 20
@@ -76,7 +77,7 @@ class CheckedParquet:
         if isinstance(source, Path):
             opened = open(source, "rb", buffering=0)  # noqa: SIM115
         elif not hasattr(source, "readinto"):  # a path on a store
-            opened = opened.open("rb")
+            opened = open_file(opened)
         self._file: BinaryIO = opened
         self._checked: set[tuple[int, int]] = set()
         try:

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.commit import machine
 from pipeline.errors import UserError
+from pipeline.store import is_remote, open_file, remove
 
 EXPIRY_SECONDS = 600.0
 REFRESH_SECONDS = 30.0
@@ -52,7 +53,7 @@ class Claim:
         self._stop.set()
         with contextlib.suppress(OSError):
             if self.is_ours():
-                self.path.unlink(missing_ok=True)
+                remove(self.path)
 
     def check(self) -> None:
         """Before something is made visible: whether the work is still ours, as far as the storage can tell.
@@ -98,9 +99,9 @@ def read_claim(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: the claim was released meanwhile.
     """
-    if path.exists() and not path.is_file():  # a pipe, which would never end
+    if not is_remote(path) and path.exists() and not path.is_file():  # a pipe, which would never end
         return {}
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return read_holder(file.read(MOST_CLAIM_BYTES))
 
 

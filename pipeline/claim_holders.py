@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.claim import clear_if_dead, remove_temporaries, take_away
-from pipeline.claim_file import holder_record
-from pipeline.store import is_remote
+from pipeline.claim_file import MOST_CLAIM_BYTES, holder_record
+from pipeline.store import again, is_remote, open_file, remove
 from pipeline.store_claim import generations, is_dead
 
 
@@ -48,7 +48,9 @@ def held_by(cache: Path, name: str) -> Holding | None:
     else:
         path = cache / "claims" / f"{name}.json"
     try:
-        text, refreshed = path.read_text(), _refreshed(path)
+        with open_file(path) as file:
+            text = file.read(MOST_CLAIM_BYTES).decode(errors="replace")
+        refreshed = _refreshed(path)
     except FileNotFoundError:
         return None
     try:
@@ -61,7 +63,7 @@ def held_by(cache: Path, name: str) -> Holding | None:
 def _refreshed(path: Path) -> float:
     if is_remote(path):
         store: Any = path
-        return float(store.fs.modified(store.path).timestamp())
+        return float(again(lambda: store.fs.modified(store.path), path).timestamp())
     return path.stat().st_mtime
 
 
@@ -75,7 +77,7 @@ def free_if_dead(cache: Path, name: str) -> bool:
         if not is_dead(path):
             return False
         with contextlib.suppress(OSError):
-            path.unlink()
+            remove(path)
     return True
 
 
@@ -87,7 +89,7 @@ def free(cache: Path, name: str, holding: Holding) -> bool:
     """
     if is_remote(cache):
         with contextlib.suppress(OSError):
-            holding.path.unlink()
+            remove(holding.path)
         return True
     if holding.id:
         remove_temporaries(cache, name, holding.id)

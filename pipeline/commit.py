@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.errors import UserError, named, one_line
-from pipeline.store import is_remote, upload
+from pipeline.store import exists, is_file, is_remote, open_file, upload
 
 CHUNK_BYTES = 1 << 20
 MOST_JSON_BYTES = 4 << 20
@@ -80,7 +80,7 @@ def file_sha256(path: Path, start: int = 0, length: int | None = None) -> str:
     """Hex sha256 of a file, or of `length` bytes of it from `start`."""
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file.seek(start)
             left = length
             while left is None or left > 0:
@@ -129,7 +129,9 @@ class DigestingFile:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
+    """Make renames and removals in `folder` survive a power cut; a store answers when they do."""
+    if is_remote(folder):
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -277,11 +279,12 @@ def read_limited(path: Path, most: int) -> bytes:
 
     Raises:
         UserError: there is none, it is no regular file (reading a pipe would never end), or it is larger.
+        OSError: it cannot be read, or a store does not say whether it is there.
     """
-    if not path.is_file():
-        raise UserError(f"{path} {'is no regular file: remove it' if path.exists() else 'is missing'}")
+    if not is_file(path):
+        raise UserError(f"{path} {'is no regular file: remove it' if exists(path) else 'is missing'}")
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             data = file.read(most + 1)
     except FileNotFoundError:  # removed this moment
         raise UserError(f"{path} is missing") from None

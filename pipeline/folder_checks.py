@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.fields import Fields
 from pipeline.manifest import MANIFEST, Manifest
 from pipeline.schema import HELDOUT_UNIT, unit_name
-from pipeline.store import names_in
+from pipeline.store import is_file, names_in, size_of
 from pipeline.teacher_folder import TeacherFolder, local_teacher
 
 SHARD_NAME = re.compile(r"(shard|heldout)-\d{5,}")
@@ -50,10 +50,10 @@ def check_teacher(cache: Path, manifest: Manifest) -> list[Problem]:
     whole = True
     for name, expected in sorted(teacher.files.items()):
         path = teacher.path / name
-        if not path.is_file():
+        if not is_file(path):
             problems.append(Problem(f"teacher/{name}", "is missing, though teacher.json names it"))
             whole = False
-        elif path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
+        elif size_of(path) != expected["bytes"] or file_sha256(path) != expected["sha256"]:
             problems.append(Problem(f"teacher/{name}", "differs from its digest in teacher.json"))
             whole = False
     for name in sorted({"config.json", "head.safetensors", "token_bytes.parquet"} - teacher.files.keys()):
@@ -143,7 +143,7 @@ def find_missing(cache: Path, units: set[int], shards: int | None) -> tuple[list
     for name in map(unit_name, islice(chain.from_iterable(gaps), MOST_MISSING)):
         if is_held(cache, name):
             notes.append(Problem(f"{name}.json", "is missing: a dump is writing this shard"))
-        elif not (cache / f"{name}.json").is_file():  # committed since `units` were listed
+        elif not is_file(cache / f"{name}.json"):  # committed since `units` were listed
             problems.append(Problem(f"{name}.json", "is missing: dump it to close the gap"))
             missing.append(name)
     more = sum(map(len, gaps)) - MOST_MISSING
@@ -199,13 +199,14 @@ def stray_files(cache: Path) -> list[Problem]:
         else:
             text = "is not part of the cache"
         notes.append(Problem(name, text))
-    for path in sorted((cache / "claims").glob("*.json")):
-        notes.append(Problem(f"claims/{path.name}", "a dump is writing this shard, or was interrupted at it"))
-    if (cache / "teacher" / "teacher.json").is_file():
+    claims = names_in(cache / "claims") if "claims" in names_in(cache) else ()
+    for name in sorted(name for name in claims if name.endswith(".json")):
+        notes.append(Problem(f"claims/{name}", "a dump is writing this shard, or was interrupted at it"))
+    if is_file(cache / "teacher" / "teacher.json"):
         try:
             listed = {*TeacherFolder(cache / "teacher").files, "teacher.json"}
         except UserError:
             return notes
-        strays = sorted(p.name for p in (cache / "teacher").iterdir() if p.name not in listed)
+        strays = sorted(name for name in names_in(cache / "teacher") if name not in listed)
         notes += [Problem(f"teacher/{name}", "is not part of the cache") for name in strays]
     return notes

@@ -30,7 +30,7 @@ from pipeline.errors import UserError, one_line
 from pipeline.fields import MOST_COUNT, Fields, check_stays, child
 from pipeline.parquet_headers import FIXED_BYTES, INT64, PLAIN, Column
 from pipeline.schema import HELDOUT_UNIT, unit_name
-from pipeline.store import again, is_remote, names_in
+from pipeline.store import StoreError, again, is_file, is_remote, names_in, remove
 from pipeline.thrift import Malformed
 
 INDEX = "index.json"
@@ -164,7 +164,7 @@ def read_index(cache: Path) -> tuple[dict[str, Any], ShardEntries] | None:
         UserError: it is damaged; remove it and build it anew.
     """
     path = cache / INDEX
-    if not path.is_file():
+    if not is_file(path):
         return None
     check_stays(cache, path)
     record = read_json(path)
@@ -184,10 +184,12 @@ def _read_entries(cache: Path, record: dict[str, Any]) -> ShardEntries:
     file = child(cache, given.text("file"), path)
     remedy = f"remove {path} and run `python -m pipeline index --cache {cache}`"
     try:
-        source, sha256 = _fetched(file) if file.is_file() else (file, "")
+        source, sha256 = _fetched(file) if is_file(file) else (file, "")
         if sha256 != given.sha256("sha256"):
             raise UserError(f"{file} is missing or does not match its sha256 in {path}: {remedy}")
         columns = _read_columns(source, given.integer("shards", 0, MOST_SHARDS))
+    except StoreError:
+        raise
     except (Malformed, OSError, pa.ArrowException) as error:
         raise UserError(f"{file}: {one_line(error)}: {remedy}") from None
     entries = ShardEntries(columns)
@@ -268,6 +270,6 @@ def write_index(cache: Path, entries: ShardEntries, identities: dict[str, str]) 
         record = {"file": name, "bytes": digest.bytes, "sha256": digest.sha256, "shards": len(entries), **identities}
         commit_json(cache / INDEX, record)
     else:
-        (cache / INDEX).unlink(missing_ok=True)
+        remove(cache / INDEX)
     for old in before:
-        (cache / old).unlink(missing_ok=True)
+        remove(cache / old)

@@ -15,6 +15,7 @@ from pipeline.commit import canonical_json, commit_json, read_json
 from pipeline.errors import UserError
 from pipeline.fields import Fields, check_stays
 from pipeline.schema import SCHEMA_MAJOR, SCHEMA_MINOR, CacheSpec
+from pipeline.store import is_file
 
 MANIFEST = "manifest.json"
 
@@ -71,9 +72,10 @@ def read_manifest(cache: Path) -> Manifest:
 
     Raises:
         UserError: no cache there, a damaged manifest, or one of a newer major version.
+        OSError: it cannot be read, or a store does not answer.
     """
     path = cache / MANIFEST
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(
             f"{cache} is no cache ({MANIFEST} is missing): name a cache folder, or make one with dump-teacher"
         )

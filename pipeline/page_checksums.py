@@ -11,11 +11,13 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
 from pipeline.commit import CHUNK_BYTES
 from pipeline.parquet_headers import MOST_HEADER
+from pipeline.store import open_file, size_of
 from pipeline.thrift import I32, CutShort, Layout, Malformed, Reader
 
 HEADER: Layout = {3: ("size", I32), 4: ("crc", I32)}
@@ -50,10 +52,11 @@ def check_pages(path: Path, metadata: pq.FileMetaData) -> Checksums:
     """
     found, digest, at = Checksums(), hashlib.sha256(), 0
     chunks = sorted(_chunks(metadata))
-    whole = path.stat().st_size
+    whole = size_of(path)
     # One buffer for all: new memory for each would cost more than the checksums.
     buffer = memoryview(bytearray(max([CHUNK_BYTES, *(min(size, whole) for _, size, *_ in chunks)])))
-    with path.open("rb", buffering=0) as file:
+    with open_file(path, buffering=0) as raw:
+        file: Any = raw
 
         def read(length: int) -> memoryview:
             """The next `length` bytes, fewer at the end of the file."""

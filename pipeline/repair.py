@@ -15,6 +15,7 @@ from pipeline.claim import is_held, try_claim
 from pipeline.commit import fsync_folder
 from pipeline.folder_checks import PlanRanges, Problem, unit_of
 from pipeline.manifest import MANIFEST
+from pipeline.store import is_file, remove
 
 Mode = Literal["list", "remove"]
 
@@ -97,8 +98,8 @@ def remove_shard(cache: Path, name: str, still_damaged: Callable[[str], bool], r
         if not still_damaged(name):
             return False
         for path in (cache / f"{name}.json", cache / f"{name}.parquet"):
-            if path.is_file():
-                path.unlink()
+            if is_file(path):
+                remove(path)
                 fsync_folder(cache)
                 repair.removed.append(path.name)
     return True

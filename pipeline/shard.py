@@ -22,7 +22,7 @@ from pipeline.index import ShardEntry
 from pipeline.local_copies import LocalCopies
 from pipeline.parts import PartsFile
 from pipeline.schema import HELDOUT_UNIT, CacheSpec, unit_name
-from pipeline.store import is_remote
+from pipeline.store import StoreError, is_remote, open_file, remove, size_of
 from pipeline.thrift import Malformed
 
 Columns = dict[str, Any]
@@ -91,8 +91,8 @@ def footer_sha256(path: Path) -> str:
     Raises:
         DamagedShard: the file is too short or does not end as Parquet does.
     """
-    with path.open("rb") as file:
-        return footer_digest(file, path.stat().st_size, path)
+    with open_file(path) as file:
+        return footer_digest(file, size_of(path), path)
 
 
 def footer_digest(file: Any, size: int, path: Path) -> str:
@@ -131,7 +131,7 @@ def commit_shard(
         claim: the writer's id.
     """
     final, record_path = folder / f"{unit_name(unit)}.parquet", folder / f"{unit_name(unit)}.json"
-    record_path.unlink(missing_ok=True)  # a damaged shard is dumped again: it must not be seen half replaced
+    remove(record_path)  # a damaged shard is dumped again: it must not be seen half replaced
     digest = commit_file(
         final,
         lambda path: write_parquet(path, spec, metadata, groups),
@@ -236,6 +236,8 @@ class ShardFile:
             raise DamagedShard(f"{self.path}: the footer does not match the digest in its JSON: dump it again")
         try:
             self._checked = open_shard(self.parts or self.path, spec, record.rows)  # type: ignore[arg-type]
+        except StoreError:
+            raise
         except (Malformed, OSError, pa.ArrowException) as error:
             raise DamagedShard(f"{self.path}: {one_line(error)}: dump the shard again") from None
         self._file = self._checked.parquet
@@ -309,6 +311,8 @@ class ShardFile:
         self.check_pages(group, columns)
         try:
             return self._file.read_row_group(group, columns=columns, use_threads=False)
+        except StoreError:
+            raise
         except (OSError, pa.ArrowException) as error:
             raise self._damage(group, columns, error) from error
 
@@ -337,6 +341,8 @@ class ShardFile:
         for name in columns or self._file.schema_arrow.names:
             try:
                 self._file.read_row_group(group, columns=[name], use_threads=False)
+            except StoreError:
+                raise
             except (OSError, pa.ArrowException):
                 return DamagedShard(
                     f"{self.path}: row group {group}, column {name} does not match its page checksums "

@@ -21,6 +21,7 @@ from pipeline.page_checksums import check_pages
 from pipeline.row_checks import GroupCheck, Totals
 from pipeline.schema import HELDOUT_UNIT, METADATA_KEY
 from pipeline.shard import DamagedShard, ShardFile, ShardRecord, footer_sha256, read_record
+from pipeline.store import StoreError, is_file, size_of
 
 
 @dataclass
@@ -51,7 +52,8 @@ def check_unit(cache: Path, manifest: Manifest, plan: PlanRanges | None, name: s
     """Check the shard whose JSON is `name`.json.
 
     Raises:
-        OSError: a file could not be read for a reason that is no damage (no permission, too many open files).
+        OSError: a file could not be read for a reason that is no damage (no permission, too many open files, a store
+            that does not answer).
     """
     found = UnitCheck(name)
     path = cache / f"{name}.json"
@@ -96,7 +98,7 @@ class ShardCheck:
         self.found.problems.append(Problem(self.record.file, message, group, column))
 
     def run(self) -> None:
-        if not self.path.is_file():
+        if not is_file(self.path):
             self.wrong(f"is missing, though {self.record.name}.json is there: dump it again")
             return
         try:
@@ -108,7 +110,7 @@ class ShardCheck:
 
     def look(self) -> None:
         before = len(self.found.problems)
-        size = self.path.stat().st_size
+        size = size_of(self.path)
         if size != self.record.bytes:
             self.wrong(f"has {size} bytes, its JSON says {self.record.bytes}")
         shard = self.open()
@@ -148,7 +150,7 @@ class ShardCheck:
         started = time.thread_time()
         sums = check_pages(self.path, file.metadata)
         self.found.checksum_seconds = time.thread_time() - started
-        self.found.checksum_bytes = self.path.stat().st_size
+        self.found.checksum_bytes = size_of(self.path)
         if sums.sha256 != self.record.sha256:
             self.wrong("sha256 differs from the one in its JSON")
         damaged: dict[int, list[str]] = {}
@@ -181,7 +183,7 @@ class ShardCheck:
 
 def is_damage(error: Exception) -> bool:
     """Whether an exception tells of lost or wrong bytes, rather than of a reader that may not or cannot read now."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError | StoreError):
         return False
     return not isinstance(error, OSError) or error.errno in (None, errno.EIO)
 

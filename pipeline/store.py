@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
 from pipeline.errors import UserError, one_line
 
@@ -22,6 +23,15 @@ ATTEMPTS = 5
 LONGEST_WAIT = 30.0
 
 T = TypeVar("T")
+
+
+class StoreError(OSError):
+    """A store that fails or does not answer, with its URL as `filename`: what lies there is neither known to be there
+    nor to be missing, and nothing of it is known to be damaged."""
+
+
+class NotReturned(StoreError):
+    """A store does not return what was uploaded to it."""
 
 
 def is_remote(path: Path) -> bool:
@@ -48,6 +58,14 @@ def open_path(place: str | Path) -> Path:
     return cast(Path, path)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents unless they are there."""
+    if not is_remote(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    again(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
+
+
 def names_in(folder: Path) -> Iterator[str]:
     """Names of what a folder holds, from one listing; nothing where there is no such folder on a store."""
     if not is_remote(folder):
@@ -69,6 +87,113 @@ def sizes_in(folder: Path) -> dict[str, int]:
     store: Any = folder
     found = again(lambda: store.fs.ls(store.path, detail=True), folder)
     return {item["name"].rsplit("/", 1)[-1]: int(item["size"]) for item in found if item["type"] == "file"}
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there. A store must say so: only what it does not find is missing.
+
+    Raises:
+        OSError: a store that does not answer (`StoreError`), or refuses.
+    """
+    return path.is_file() if not is_remote(path) else _entry(path).get("type") == "file"
+
+
+def exists(path: Path) -> bool:
+    """Whether a file or folder is there; raises as `is_file` does."""
+    return path.exists() if not is_remote(path) else bool(_entry(path))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        OSError: as `is_file`.
+    """
+    if not is_remote(path):
+        return path.stat().st_size
+    store: Any = path
+    return int(again(lambda: store.fs.info(store.path), path)["size"])
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    """What a store says of a file or folder, {} if it is not there. fsspec's own `isfile` and `exists` take every
+    failure for a no."""
+    store: Any = path
+    try:
+        found: dict[str, Any] = again(lambda: store.fs.info(store.path), path)
+    except FileNotFoundError:
+        return {}
+    return found
+
+
+def remove(path: Path) -> None:
+    """Remove a file; nothing happens if it is not there.
+
+    Raises:
+        OSError: it may still be there.
+    """
+    if not is_remote(path):
+        path.unlink(missing_ok=True)
+        return
+    store: Any = path
+    with contextlib.suppress(FileNotFoundError):
+        again(lambda: store.fs.rm_file(store.path), path)
+
+
+def open_file(path: Path, buffering: int = -1) -> IO[bytes]:
+    """A file open for reading; `buffering` as for `open`, of a file system's.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        OSError: as `is_file`, also when it is read.
+    """
+    return path.open("rb", buffering=buffering) if not is_remote(path) else cast(IO[bytes], StoreFile(path))
+
+
+class StoreFile(io.RawIOBase):
+    """A file on a store: a read gives all that was asked for, fewer bytes at its end only, and is tried again."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self._at = path, 0
+        store: Any = path
+        self._file: Any = again(lambda: store.fs.open(store.path, "rb"), path)
+        self._size: int = self._file.seek(0, io.SEEK_END)
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self._size - self._at)]
+        again(lambda: self._fill(view), self._path)
+        self._at += len(view)
+        return len(view)
+
+    def _fill(self, view: memoryview) -> None:
+        self._file.seek(self._at)
+        held = 0
+        while held < len(view):
+            got = self._file.readinto(view[held:])
+            if not got:
+                raise OSError(errno.EIO, "the store returned fewer bytes than it said")
+            held += got
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            with contextlib.suppress(AttributeError):  # never opened
+                self._file.close()
+        super().close()
 
 
 def upload(source: Path, final: Path, sha256: str, *, exclusive: bool = False) -> None:
@@ -99,7 +224,7 @@ def upload(source: Path, final: Path, sha256: str, *, exclusive: bool = False) -
         if remote_sha256(final) != sha256:
             with contextlib.suppress(OSError):
                 filesystem.rm_file(name)
-            raise OSError(errno.EIO, "the store does not return what was uploaded", str(final))
+            raise NotReturned(errno.EIO, "the store does not return what was uploaded", str(final))
 
     if not exclusive:
         filesystem.makedirs(filesystem._parent(name), exist_ok=True)
@@ -120,7 +245,9 @@ def again(task: Callable[[], T], place: Path | None = None) -> T:
     """Do what may fail because of a network, up to `ATTEMPTS` times with growing pauses.
 
     Raises:
-        OSError: the last failure; a driver's own kind of exception is told as one that names `place`.
+        FileExistsError, FileNotFoundError, PermissionError, ...: the store's answer, at once.
+        StoreError: the last failure, of whatever kind its driver has; names `place`.
+        OSError: where `place` is no store's, the last failure.
     """
     import tenacity
 
@@ -132,12 +259,18 @@ def again(task: Callable[[], T], place: Path | None = None) -> T:
     )
     try:
         return retrying(task)
-    except OSError:
-        raise
-    except Exception as error:
-        if not _of_driver(error):
+    except PermissionError as error:
+        if place is None or not is_remote(place):
             raise
-        raise OSError(errno.EIO, f"the store failed {ATTEMPTS} times: {one_line(error)}", str(place or "")) from error
+        cause = one_line(error.strerror or error)
+        message = f"the store refuses access ({cause}): look at its credentials"
+        raise PermissionError(errno.EACCES, message, str(place)) from error
+    except Exception as error:
+        local = place is not None and not is_remote(place)
+        if not _may_pass(error) or isinstance(error, StoreError) or (local and isinstance(error, OSError)):
+            raise
+        message = f"the store does not answer: look at its endpoint and credentials; tried {ATTEMPTS} times, at last "
+        raise StoreError(errno.EIO, message + (one_line(error) or type(error).__name__), str(place or "")) from error
 
 
 FINAL = (FileExistsError, PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -145,6 +278,8 @@ DRIVERS = ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "google", "adl
 
 
 def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, StoreError):  # was tried again already
+        return isinstance(error, NotReturned)
     return isinstance(error, OSError) and not isinstance(error, FINAL) or _of_driver(error)
 
 

@@ -22,7 +22,7 @@ from pipeline.claim_file import (
     read_holder,
 )
 from pipeline.commit import new_claim_id
-from pipeline.store import again
+from pipeline.store import again, names_in, open_file, remove
 
 
 class StoreClaim(Claim):
@@ -33,12 +33,12 @@ class StoreClaim(Claim):
         super().__init__(path, record["id"])
 
     def _touch(self) -> None:
-        _write(self.path, self._record, "overwrite")
+        again(lambda: _write(self.path, self._record, "overwrite"), self.path)
 
 
 def try_store_claim(cache: Path, name: str) -> StoreClaim | None:
     """Claim the work called `name`, or None if a live writer holds it. See `pipeline.claim.try_claim`."""
-    older = again(lambda: generations(cache, name), cache)
+    older = generations(cache, name)
     if older and not is_dead(older[-1][1]):
         return None
     record = holder_record(new_claim_id())
@@ -50,7 +50,7 @@ def try_store_claim(cache: Path, name: str) -> StoreClaim | None:
             return None
     for _, dead in older:
         with contextlib.suppress(OSError):
-            dead.unlink()
+            remove(dead)
     return StoreClaim(path, record)
 
 
@@ -65,7 +65,7 @@ def clear_dead_store_claims(cache: Path) -> None:
     for path in _list(cache):
         if is_dead(path):
             with contextlib.suppress(OSError):
-                path.unlink()
+                remove(path)
 
 
 def generations(cache: Path, name: str) -> list[tuple[int, Path]]:
@@ -83,7 +83,7 @@ def is_dead(path: Path) -> bool:
     try:
         holder = _read(path)
         store: Any = path
-        age = time.time() - store.fs.modified(store.path).timestamp()
+        age = time.time() - again(lambda: store.fs.modified(store.path), path).timestamp()
     except FileNotFoundError:
         return True
     lives = holder_lives_here(holder)
@@ -91,10 +91,7 @@ def is_dead(path: Path) -> bool:
 
 
 def _list(cache: Path) -> list[Path]:
-    try:
-        return list((cache / "claims").glob("*.json"))
-    except FileNotFoundError:
-        return []
+    return [cache / "claims" / name for name in names_in(cache / "claims") if name.endswith(".json")]
 
 
 def _write(path: Path, record: dict[str, Any], mode: str) -> None:
@@ -106,5 +103,5 @@ def _write(path: Path, record: dict[str, Any], mode: str) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """A claim's content, {} if it is damaged; FileNotFoundError if it was released meanwhile."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return read_holder(file.read(MOST_CLAIM_BYTES))

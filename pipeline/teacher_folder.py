@@ -26,7 +26,7 @@ from pipeline.errors import UserError, one_line
 from pipeline.fields import Fields, check_stays, child
 from pipeline.local_copies import default_folder
 from pipeline.schema import MOST_VOCABULARY, MOST_WIDTH
-from pipeline.store import again, is_remote
+from pipeline.store import again, is_file, is_remote, names_in, size_of
 from pipeline.thrift import Malformed
 
 if TYPE_CHECKING:  # inspection and verification start fast without torch
@@ -80,11 +80,11 @@ class TeacherFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path if is_remote(path) else Path(path)
-        if not (self.path / "teacher.json").is_file():
+        if not is_file(self.path / "teacher.json"):
             raise UserError(f"{self.path}/teacher.json is missing: this is no cache, or its dump never started")
         # `teacher/` itself may be a link out of a run, put there by its owner; nothing in it may lead further.
-        for entry in self.path.iterdir():
-            check_stays(self.path, entry)
+        for entry in names_in(self.path):
+            check_stays(self.path, self.path / entry)
         where = self.path / "teacher.json"
         record = Fields(read_json(where), where)
         self.facts = read_facts(record.fields("facts"))
@@ -95,7 +95,7 @@ class TeacherFolder:
         if name not in self.files:
             raise UserError(f"{self.path}/teacher.json does not name {name}, which students need: restore it")
         path, wanted = self.path / name, self.files[name]
-        size = path.stat().st_size if path.is_file() else None
+        size = size_of(path) if is_file(path) else None
         found = None
         if size is None:
             found = "is missing"

@@ -30,7 +30,7 @@ from pipeline.folder_checks import (
 from pipeline.manifest import MANIFEST, Manifest, read_manifest
 from pipeline.repair import Mode, Repair, repair_cache
 from pipeline.shard_checks import UnitCheck, check_unit
-from pipeline.store import sizes_in
+from pipeline.store import is_file, sizes_in
 
 DESCRIPTION = (
     "Check a cache: every file against its sha256, every page against its checksum, every number against the data "
@@ -107,7 +107,7 @@ def verify_cache(
         UserError: there is no cache.
         OSError: a file could not be read for a reason that is no damage; nothing is removed then.
     """
-    if not (cache / MANIFEST).is_file():
+    if not is_file(cache / MANIFEST):
         raise UserError(
             f"{cache} is no cache ({MANIFEST} is missing): name a cache folder, or make one with dump-teacher"
         )

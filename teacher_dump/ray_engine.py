@@ -20,7 +20,7 @@ from pipeline.claim_file import HOLDER_FACTS
 from pipeline.claim_holders import this_machine
 from pipeline.errors import UserError
 from pipeline.schema import unit_name
-from pipeline.store import again
+from pipeline.store import again, is_file, remove
 
 if TYPE_CHECKING:
     from pipeline.shard import ShardRecord
@@ -189,8 +189,8 @@ def check_storage(work: Work, marker: Path, host: str) -> None:
     own = marker.with_name(f"{marker.name}.{os.getpid()}.{host}.tmp")
     try:
         again(lambda: own.write_text(host), own)  # makes a network file system look at the folder anew
-        seen = again(marker.is_file, marker)
-        own.unlink(missing_ok=True)
+        seen = is_file(marker)
+        remove(own)
     except OSError as error:
         raise UserError(
             f"{host} cannot write to the cache {work.cache} ({error.strerror or error}): a dump on several machines "

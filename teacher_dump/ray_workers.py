@@ -21,7 +21,7 @@ from pipeline.errors import UserError, one_line
 from pipeline.schema import unit_name
 from pipeline.shard import ShardRecord
 from pipeline.stop_signals import raise_if_stopped
-from pipeline.store import again, is_remote
+from pipeline.store import again, is_remote, remove
 from teacher_dump.plan import Unit
 from teacher_dump.progress import DumpProgress
 from teacher_dump.ray_cluster import DeadClaims, EngineRoom
@@ -155,7 +155,7 @@ class RayWorkers:
                 self._stop()
             finally:
                 with contextlib.suppress(OSError):
-                    marker.unlink(missing_ok=True)
+                    remove(marker)
         if self.given_up:
             raise UserError(self._told_given_up())
         return self.lost

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from pipeline.commit import DigestingFile, canonical_json, commit_file, commit_json, file_sha256
 from pipeline.errors import UserError, one_line
 from pipeline.stop_signals import stops_wait
+from pipeline.store import is_file, size_of
 from pipeline.teacher_folder import TeacherFacts, TeacherFolder, facts_record
 from teacher_dump.embedded import resolve_embedded
 from teacher_dump.head_file import write_safetensors
@@ -262,7 +263,7 @@ def _found_folder(folder: Path) -> TeacherFolder | None:
 
 
 def _is_whole(path: Path, digest: dict[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == digest["bytes"] and file_sha256(path) == digest["sha256"]
+    return is_file(path) and size_of(path) == digest["bytes"] and file_sha256(path) == digest["sha256"]
 
 
 def _copy(source: Path, to: Path) -> str:

@@ -10,11 +10,12 @@ from pathlib import Path
 from pipeline.cache import Cache
 from pipeline.commit import new_claim_id
 from pipeline.errors import UserError
+from pipeline.folder_checks import shard_stems
 from pipeline.manifest import MANIFEST, Manifest, create_or_match
 from pipeline.schema import CacheSpec, unit_name
 from pipeline.shard import DamagedShard, read_record
 from pipeline.stop_signals import stops_wait
-from pipeline.store import is_remote
+from pipeline.store import is_file, is_remote, make_folder
 from teacher_dump.plan import Plan, Unit, open_plan, store_plan
 from teacher_dump.settings import DumpConfig, resolve_engine, to_plain
 from teacher_dump.teacher import Teacher, open_teacher, write_teacher_folder
@@ -42,7 +43,7 @@ def prepare(config: DumpConfig) -> Work:
     config.check(teacher.facts)
     config = replace(config, engine=resolve_engine(config.engine, config.length, teacher.facts.dtype))
     cache = config.cache
-    cache.mkdir(parents=True, exist_ok=True)
+    make_folder(cache)
     plan = open_plan(cache, config.corpus, config.tokens_per_shard, config.data)
     spec = config.spec(teacher.facts)
     manifest = Manifest(
@@ -54,7 +55,7 @@ def prepare(config: DumpConfig) -> Work:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     claim = new_claim_id()
-    if (cache / MANIFEST).is_file():
+    if is_file(cache / MANIFEST):
         with stops_wait():
             manifest = create_or_match(cache, manifest)
     else:
@@ -75,7 +76,8 @@ def require_own_shards(cache: Path, manifest: Manifest) -> None:
     Raises:
         UserError: a shard was dumped with other settings; names its identity and the one of this run.
     """
-    for path in sorted([*cache.glob("shard-*.json"), *cache.glob("heldout-*.json")]):
+    for stem in sorted(shard_stems(cache)):
+        path = cache / f"{stem}.json"
         try:
             record = read_record(path)
         except UserError:
@@ -104,9 +106,14 @@ def require_cache(work: Work) -> None:
 
 
 def is_done(work: Work, unit: Unit) -> bool:
-    """Whether a unit's shard is committed: JSON, size and footer digest agree (a full hash is `verify`'s work)."""
+    """Whether a unit's shard is committed: JSON, size and footer digest agree (a full hash is `verify`'s work).
+
+    Raises:
+        UserError: it is another cache's.
+        OSError: a store does not answer; the shard may be there.
+    """
     path = work.cache / f"{unit_name(unit.unit)}.json"
-    if not path.is_file():
+    if not is_file(path):
         return False
     try:
         record = read_record(path)

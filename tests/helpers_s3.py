@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -79,6 +80,7 @@ class FaultyProxy:
 
     Attributes:
         share: of the requests that go wrong.
+        out: requests ("GET /bucket/key?query") in which this pattern is found get 503, always; None: none.
         faults: how often which kind was done.
     """
 
@@ -86,6 +88,7 @@ class FaultyProxy:
         self.server_port, self.share, self.silence = server_port, share, silence
         self.faults: Counter[str] = Counter()
         self.requests = 0
+        self.out: str | None = None
         self._rng = random.Random(seed)
         proxy = self
 
@@ -112,7 +115,7 @@ class FaultyProxy:
             fault = self._rng.choice(["503", "cut before", "cut within", "lost answer", "silence"])
             self.faults[fault] += 1
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
-        if fault == "503":
+        if fault == "503" or (self.out is not None and re.search(self.out, f"{request.command} {request.path}")):
             message = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
             return self._answer(request, 503, {"Content-Type": "application/xml"}, message)
         if fault == "cut before":
@@ -141,7 +144,8 @@ class FaultyProxy:
             size = headers.get("Content-Length") or headers.get("content-length")
             request.send_header("Content-Length", size if request.command == "HEAD" and size else str(len(data)))
             request.end_headers()
-            request.wfile.write(data[: len(data) // 2] if cut else data)
+            if request.command != "HEAD":
+                request.wfile.write(data[: len(data) // 2] if cut else data)
         if cut:
             self._cut(request)
 
