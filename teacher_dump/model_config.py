@@ -42,7 +42,7 @@ def _renamed(config: dict[str, Any]) -> dict[str, Any]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        names: dict[str, str] = CONFIG_MAPPING[config.get("model_type")].attribute_map
+        names: dict[str, str] = CONFIG_MAPPING[str(config.get("model_type"))].attribute_map
     except KeyError:
         return {}
     return {common: config[own] for common, own in names.items() if own in config}
