@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from helpers_fork import SERVER
 
+from benchmarks import many_shards_order
 from benchmarks.many_shards import main
 from benchmarks.many_shards_cache import TOKENS_PER_SHARD, make_many_shards
 from benchmarks.many_shards_cases import CASES, Meter
@@ -98,6 +99,13 @@ def test_the_benchmark_writes_what_it_measured(tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "caches" / "50").exists()
     assert main([*words, "--cases", '["list_json"]', "--limit_s", "0.01"]) == 0
     assert json.loads((tmp_path / "many_shards.json").read_text())["rows"][0]["beyond"] == "0.01 s"
+
+
+def test_the_order_of_an_epoch_is_measured_for_as_many_row_groups_as_are_said(tmp_path: Path) -> None:
+    words = ["--shards", "7", "--tokens_per_shard", "1048576", "--results", str(tmp_path)]
+    assert many_shards_order.main(words) == 0
+    rows = json.loads((tmp_path / "many_shards_order.json").read_text())["rows"]
+    assert [row["row_groups"] for row in rows] == [7 * 8] * 2 and all(row["seconds"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize(
