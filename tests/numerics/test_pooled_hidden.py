@@ -34,13 +34,23 @@ def test_means_of_valid_tokens_and_layers(window: int) -> None:
 
 @pytest.mark.parametrize(("window", "width"), [(1, 3), (5, 40), (64, 576)])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_kernel_agrees_with_plain_torch(window: int, width: int, parts: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_kernel_sums_in_float32(window: int, width: int, parts: int, dtype: torch.dtype) -> None:
+    """Whatever the dtype it reads, against float64; no further from it than plain torch, which sums in float32 too."""
     torch.manual_seed(3)
     lengths = (130, 1, 64)
     starts = [0, *accumulate(lengths)]
-    parts_ND = [torch.randn(200, width).half() for _ in range(parts)]
-    sums_BWD = torch.ones(3, 130 // window + 1, width, device=DEVICE)
+    parts_ND = [torch.randn(200, width).to(dtype) for _ in range(parts)]
+    windows = 130 // window + 1
+    sums_BWD = torch.ones(3, windows, width, device=DEVICE)
     starts_B1 = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
     add_window_sums(sums_BWD, [part.to(DEVICE) for part in parts_ND], starts_B1, window)
-    expected = 1 + sum(window_sums(part.double(), starts, window, 130 // window + 1) for part in parts_ND)
-    torch.testing.assert_close(sums_BWD.cpu(), expected.float(), rtol=1e-5, atol=1e-5)
+    exact_BWD = torch.ones(3, windows, width, dtype=torch.float64)
+    for row, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        for w, first in enumerate(range(start, end, window)):
+            at = slice(first, min(first + window, end))
+            exact_BWD[row, w] += sum(part[at].double().sum(0) for part in parts_ND)
+    plain_BWD = 1 + sum(window_sums(part, starts, window, windows) for part in parts_ND)
+    torch.testing.assert_close(sums_BWD.cpu().double(), exact_BWD, rtol=1e-5, atol=1e-5)
+    off, plain_off = ((x.cpu() - exact_BWD).abs().max() for x in (sums_BWD, plain_BWD))
+    assert off <= plain_off + 4 * torch.finfo(torch.float32).eps * exact_BWD.abs().max()
