@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
-from pipeline.errors import UserError, one_line
+from pipeline.errors import one_line
+from pipeline.store_drivers import require_exclusive, unusable
 
 CHUNK_BYTES = 8 << 20
 ATTEMPTS = 5
@@ -43,18 +44,22 @@ def open_path(place: str | Path) -> Path:
     """A folder or file by path or URL.
 
     Raises:
-        UserError: the URL's protocol is unknown, or its driver is not installed.
+        UserError: the URL's protocol is unknown, or its driver is not installed or does not start.
     """
     if not isinstance(place, str) or "://" not in place:
         return Path(place) if isinstance(place, str) else place
+    if place.startswith("file://"):
+        from fsspec.implementations.local import LocalFileSystem
+
+        return Path(LocalFileSystem._strip_protocol(place))
     from upath import UPath
 
     try:
         # Listings are not cached: another writer's shards must be seen.
         path = UPath(place, use_listings_cache=False)
         _ = path.fs
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{place}: {error}: use a folder, or a URL whose fsspec driver is installed") from None
+    except (ValueError, ImportError, OSError) as error:
+        raise unusable(place, error) from None
     return cast(Path, path)
 
 
@@ -63,6 +68,7 @@ def make_folder(folder: Path) -> None:
     if not is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
         return
+    require_exclusive(folder)
     again(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
 
 
@@ -206,9 +212,11 @@ def upload(source: Path, final: Path, sha256: str, *, exclusive: bool = False) -
         exclusive: raise FileExistsError instead of replacing an object that differs.
 
     Raises:
+        UserError: its driver is none of those that a cache may be written through.
         FileExistsError: see `exclusive`.
         OSError: the store failed `ATTEMPTS` times, or does not return what was uploaded; the object is removed then.
     """
+    require_exclusive(final)
     store: Any = final
     filesystem, name = store.fs, store.path
 
@@ -274,7 +282,9 @@ def again(task: Callable[[], T], place: Path | None = None) -> T:
 
 
 FINAL = (FileExistsError, PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
-DRIVERS = ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "google", "adlfs", "azure", "fsspec", "urllib3")
+DRIVERS = {"botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "google", "adlfs", "azure", "fsspec", "urllib3"} | {
+    *("httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub", "requests"),
+}
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -23,6 +23,7 @@ from pipeline.claim_file import (
 )
 from pipeline.commit import new_claim_id
 from pipeline.store import again, names_in, open_file, remove
+from pipeline.store_drivers import require_exclusive
 
 
 class StoreClaim(Claim):
@@ -38,6 +39,7 @@ class StoreClaim(Claim):
 
 def try_store_claim(cache: Path, name: str) -> StoreClaim | None:
     """Claim the work called `name`, or None if a live writer holds it. See `pipeline.claim.try_claim`."""
+    require_exclusive(cache)
     older = generations(cache, name)
     if older and not is_dead(older[-1][1]):
         return None
@@ -79,7 +81,8 @@ def generations(cache: Path, name: str) -> list[tuple[int, Path]]:
 
 
 def is_dead(path: Path) -> bool:
-    """Whether a claim's owner is gone: its process (same machine), or not heard of for `EXPIRY_SECONDS` (elsewhere)."""
+    """Whether a claim's owner is gone: its process (same machine), or not heard of for `EXPIRY_SECONDS` (elsewhere), by
+    this machine's clock against the store's."""
     try:
         holder = _read(path)
         store: Any = path

@@ -257,7 +257,7 @@ def test_the_project_needs_nothing_that_is_not_locked() -> None:
     locked = lock_names()
     for need in map(Requirement, sum(groups, [])):
         name = canonicalize_name(need.name)
-        if name not in ("distil-xlstm", "vllm", "ray"):
+        if name not in ("distil-xlstm", "vllm", "ray", "gcsfs"):  # set-up does not install these
             assert name in locked, f"{need} is in pyproject.toml but not in requirements/cpu.txt"
             assert need.specifier.contains(str(locked[name].specifier).removeprefix("=="))
 

@@ -22,7 +22,8 @@ from pipeline.commit import commit_bytes, commit_file, commit_json, file_sha256,
 from pipeline.errors import UserError
 from pipeline.manifest import read_manifest
 from pipeline.shard import commit_shard, read_record
-from pipeline.store import ATTEMPTS, is_remote, open_path, upload
+from pipeline.store import ATTEMPTS, StoreError, again, is_remote, make_folder, open_path, upload
+from pipeline.store_drivers import EXCLUSIVE, require_exclusive, unusable
 
 
 class TroubledStore(MemoryFileSystem):
@@ -81,6 +82,59 @@ def test_paths_and_urls(remote: Path) -> None:
     assert is_remote(remote) and not is_remote(open_path("caches/demo")) and open_path("a/b") == Path("a/b")
     with pytest.raises(UserError, match="nosuch://x"):
         open_path("nosuch://x")
+
+
+def test_a_file_url_is_a_folder(tmp_path: Path) -> None:
+    assert open_path(f"file://{tmp_path}/c") == tmp_path / "c" and not is_remote(open_path(f"file://{tmp_path}"))
+
+
+def test_a_driver_that_is_not_there_is_named() -> None:
+    told = str(unusable("gs://bucket/c", ImportError("Please install gcsfs to access Google Storage")))
+    assert "gs://bucket/c" in told and "pip install gcsfs" in told and "--cache" in told
+    dlopen = "Unable to load libjvm: \ndlopen(/usr/lib/libjvm.so) failed\ndlopen(/usr/libjvm.so) failed"
+    told = str(unusable("hdfs://host/c", OSError(dlopen)))
+    assert "does not start here (Unable to load libjvm" in told and "dlopen" not in told and "--cache" in told
+
+
+def test_what_does_not_create_exclusively_is_read_but_not_written(
+    remote: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit_json(remote / "manifest.json", {"a": 1}, exclusive=True)
+    monkeypatch.delitem(EXCLUSIVE, "fsspec.implementations.memory.MemoryFileSystem")
+    assert read_json(remote / "manifest.json") == {"a": 1}
+    for write in (
+        lambda: commit_bytes(remote / "data.bin", b"x"),
+        lambda: commit_json(remote / "manifest.json", {"a": 2}, exclusive=True),
+        lambda: try_claim(remote, "shard-00000"),
+        lambda: make_folder(remote),
+    ):
+        with pytest.raises(UserError, match=r"cannot be written through TroubledStore.*s3://.*--cache.*reading"):
+            write()
+    assert names() == ["manifest.json"]
+
+
+@pytest.mark.parametrize(("version", "right"), [("2024.12.0", False), ("2025.5.1", False), ("2025.7.0", True)])
+def test_the_drivers_version_counts(version: str, right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda package: version)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    if right:
+        require_exclusive(open_path("s3://bucket/c"))
+        return
+    with pytest.raises(UserError, match="pip install 's3fs>=2025.7'"):
+        require_exclusive(open_path("s3://bucket/c"))
+
+
+def test_a_drivers_own_kind_of_error_is_the_stores(remote: Path) -> None:
+    kind = type("ConnectError", (Exception,), {"__module__": "httpx2"})
+
+    def fail() -> None:
+        raise kind("Name or service not known")
+
+    with pytest.raises(StoreError, match="does not answer.*Name or service not known") as told:
+        again(fail, remote)
+    assert told.value.filename == str(remote)
+    with pytest.raises(ZeroDivisionError):  # a mistake of ours
+        again(lambda: 1 // 0, remote)
 
 
 @pytest.mark.parametrize("lie", LIES)
