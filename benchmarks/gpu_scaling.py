@@ -2,10 +2,12 @@
 
     python -m benchmarks.gpu_scaling
     python -m benchmarks.gpu_scaling --gpus 1 2 4 --shape llama-3.1-8b
+    python -m benchmarks.gpu_scaling --ray
 
-A dump of text to committed shards, as a user runs it (`--gpus N`), by a teacher of a published shape with random
-weights. Rates are taken between a fifth and nine tenths of the tokens: neither the engines' start nor the end, where
-one has no shard left, says how they scale. `whole` counts all of it from when the first engine is ready.
+A dump of text to committed shards, as a user runs it (`--gpus N`; with `--ray` each also on Ray, started here), by a
+teacher of a published shape with random weights. Rates are taken between a fifth and nine tenths of the tokens: neither
+the engines' start nor the end, where one has no shard left, says how they scale. `whole` counts all of it from when the
+first engine is ready; `efficiency` is a GPU's rate beside that of the first row, which is without Ray.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,7 @@ class Case:
     shards_each: int
     tokens_per_shard: int
     length: int
+    ray: bool = False
 
     @property
     def shards(self) -> int:
@@ -68,10 +73,12 @@ def measure(case: Case) -> dict[str, Any]:
     """One dump into a new cache."""
     from pipeline.cache import Cache
     from teacher_dump.corpus import CorpusConfig
-    from teacher_dump.dump import on_this_machine, run_with
+    from teacher_dump.dump import Engines, for_devices, on_this_machine, run_with
     from teacher_dump.gpus import engine_slots
     from teacher_dump.pending import Units
     from teacher_dump.progress import DumpProgress
+    from teacher_dump.ray_cluster import LOCAL, EngineRoom, connected
+    from teacher_dump.ray_workers import RayWorkers
     from teacher_dump.settings import DumpConfig
     from teacher_dump.work import Work
 
@@ -84,7 +91,7 @@ def measure(case: Case) -> dict[str, Any]:
     events: list[tuple[float, int]] = []
     seen: dict[str, float] = {}
 
-    def timed(work: Work, units: Units, progress: DumpProgress) -> list[str]:
+    def timed(engines: Engines, work: Work, units: Units, progress: DumpProgress) -> list[str]:
         captured = progress.captured
 
         def noted(name: str, tokens: int) -> None:
@@ -92,11 +99,21 @@ def measure(case: Case) -> dict[str, Any]:
             captured(name, tokens)
 
         progress.captured = noted  # type: ignore[method-assign]
-        lost = on_this_machine(engine_slots(case.gpus, 1), work, units, progress)
+        lost = engines(work, units, progress)
         seen["seconds"] = time.monotonic() - progress.started
         return lost
 
-    result = run_with(config, timed)
+    if case.ray:  # as `run_dump` does with --ray local
+        with connected(LOCAL, print) as ray:
+            room = EngineRoom(ray, case.gpus, 1)
+            config = for_devices(config, room.on_gpu)
+
+            def on_ray(work: Work, units: Units, progress: DumpProgress) -> list[str]:
+                return RayWorkers(work, units, room, progress).run()
+
+            result = run_with(config, partial(timed, on_ray))
+    else:
+        result = run_with(config, partial(timed, partial(on_this_machine, engine_slots(case.gpus, 1))))
     if result.lost:
         raise RuntimeError("; ".join(result.lost))
     tokens = int(Cache(config.cache).shards("train").tokens.sum())
@@ -106,6 +123,7 @@ def measure(case: Case) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--ray", action="store_true", help="measure each number of GPUs on Ray too")
     parser.add_argument("--shape", default="qwen2.5-1.5b", choices=SHAPES)
     parser.add_argument("--shards", type=int, default=12, help="of each GPU")
     parser.add_argument("--tokens", type=int, default=1_048_576, help="of a shard")
@@ -120,13 +138,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         teacher = shape_folder(SHAPES[options.shape], Path(scratch) / "teacher")
         random_teacher(teacher, Path(options.tokenizer))
-        for gpus in options.gpus:
+        for gpus, ray in product(options.gpus, (False, True) if options.ray else (False,)):
             case = Case(
-                gpus, str(teacher), f"{scratch}/cache-{gpus}", options.text, options.shards, options.tokens,
-                options.length,
+                gpus, str(teacher), f"{scratch}/cache-{gpus}{'-ray' * ray}", options.text, options.shards,
+                options.tokens, options.length, ray,
             )  # fmt: skip
             found = in_own_process("benchmarks.gpu_scaling", asdict(case), options.timeout)
-            rows.append({"shape": options.shape, "gpus": gpus, **found})
+            rows.append({"shape": options.shape, "gpus": gpus, "ray": ray, **found})
             base = rows[0]["tokens_per_s"] / rows[0]["gpus"]
             rows[-1]["efficiency"] = found["tokens_per_s"] / gpus / base
             print(json.dumps(rows[-1]), flush=True)
