@@ -81,6 +81,9 @@ class FaultyProxy:
     Attributes:
         share: of the requests that go wrong.
         out: requests ("GET /bucket/key?query") in which this pattern is found get 503, always; None: none.
+        planned: kinds that the next requests meet, before any is left to chance.
+        silence: seconds of no answer, after which the connection is cut.
+        given_up: silences that the client did not sit out: its own timeout ended them.
         faults: how often which kind was done.
     """
 
@@ -89,6 +92,8 @@ class FaultyProxy:
         self.faults: Counter[str] = Counter()
         self.requests = 0
         self.out: str | None = None
+        self.planned: list[str] = []
+        self.given_up = 0
         self._rng = random.Random(seed)
         proxy = self
 
@@ -111,8 +116,11 @@ class FaultyProxy:
     def handle(self, request: BaseHTTPRequestHandler) -> None:
         self.requests += 1
         fault = None
-        if self._rng.random() < self.share:
+        if self.planned:
+            fault = self.planned.pop()
+        elif self._rng.random() < self.share:
             fault = self._rng.choice(["503", "cut before", "cut within", "lost answer", "silence"])
+        if fault is not None:
             self.faults[fault] += 1
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         if fault == "503" or (self.out is not None and re.search(self.out, f"{request.command} {request.path}")):
@@ -122,6 +130,8 @@ class FaultyProxy:
             return self._cut(request)
         if fault == "silence":
             time.sleep(self.silence)
+            with contextlib.suppress(BlockingIOError):
+                self.given_up += not request.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
             return self._cut(request)
         upstream = http.client.HTTPConnection("127.0.0.1", self.server_port, timeout=60)
         headers = {name: value for name, value in request.headers.items() if name.lower() != "connection"}

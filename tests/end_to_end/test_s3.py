@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 from helpers_dump import REPOSITORY, assert_same_rows, dump_command, environment, rows
 from helpers_s3 import BUCKET, FaultyProxy, s3_environment, s3_here, s3_server
@@ -15,6 +17,7 @@ from pipeline.claim import try_claim
 from pipeline.commit import commit_bytes, commit_json, read_json
 from pipeline.local_copies import HELD
 from pipeline.store import open_path
+from pipeline.verify import verify_cache
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +111,11 @@ def test_dump_verify_inspect_and_train_on_a_store(
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
-def test_dump_and_read_through_requests_that_fail(
+def test_dump_read_verify_and_train_through_requests_that_fail(
     server: int, teacher: Path, corpus: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Requests go wrong five ways, one in eight, then three in ten: the dump goes on, and what it captured is read."""
+    """Requests go wrong five ways, one in eight, then three in ten: the dump goes on, and what it captured is read,
+    verified and trained from. The last two do not wait for an answer as long as a silence lasts."""
     proxy = FaultyProxy(server, share=0.125, seed=5, silence=0.5)
     try:
         command = dump_command(teacher, corpus, Path("cache"), 3)
@@ -130,6 +134,35 @@ def test_dump_and_read_through_requests_that_fail(
         with s3_here(proxy.port), pytest.MonkeyPatch.context() as patch:
             patch.setenv("DISTIL_XLSTM_CACHE", str(tmp_path / "copies"))
             assert_same_rows(rows(undisturbed), rows(open_path(f"s3://{BUCKET}/faulty")))
+        read = dict(proxy.faults)
+        proxy.share, proxy.silence, proxy.planned = 0.15, 2.0, ["silence"]
+        impatient = {"config_kwargs": {"read_timeout": 1}}
+        with s3_here(proxy.port), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DISTIL_XLSTM_CACHE", str(tmp_path / "verified"))
+            patch.setitem(fsspec.config.conf, "s3", impatient)
+            verified = verify_cache(open_path(f"s3://{BUCKET}/faulty"))
+        assert verified.ok and verified.shards == 4, verified.problems
+        assert proxy.given_up >= 1
+        checked, proxy.given_up, proxy.planned = dict(proxy.faults), 0, ["silence"]
+        trained = subprocess.run(
+            [
+                *(sys.executable, "-m", "student", "--cache", f"s3://{BUCKET}/faulty", "--run", str(tmp_path / "run")),
+                *("--config", "manifests/students/demo.yaml", "--trainer.max_epochs", "1"),
+                *("--model.student.heads", "4", "--model.loss.gamma", "0.0", "--model.loss.beta", "0.0"),
+            ],
+            env=environment(
+                **s3_environment(proxy.port),
+                DISTIL_XLSTM_CACHE=str(tmp_path / "trained"),
+                FSSPEC_S3=json.dumps(impatient),
+            ),
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert trained.returncode == 0, trained.stderr
+        assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file() and proxy.given_up >= 1
     finally:
         proxy.close()
-    assert sum(written.values()) >= 5 and sum(proxy.faults.values()) > sum(written.values()), proxy.faults
+    faults = [sum(kinds.values()) for kinds in (written, read, checked, proxy.faults)]
+    assert faults[0] >= 5 and faults == sorted(set(faults)), faults
