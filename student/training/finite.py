@@ -35,18 +35,21 @@ class _Step:
     batches: list[list[int]]
     ranks: int
     values: Tensor
-    known: torch.cuda.Event
+    known: torch.cuda.Event | None
 
 
 class FiniteWatch:
     """Watches one training run.
 
+    Args:
+        deferred: leave it to the device, as described above; None: where it is a GPU.
+
     Attributes:
         factor: a batch whose loss is more than so many times the mean of the last steps, and a nat, explodes; 0: none.
     """
 
-    def __init__(self) -> None:
-        self.factor = 0.0
+    def __init__(self, deferred: bool | None = None) -> None:
+        self.factor, self._deferred = 0.0, deferred
         self._rank = self._number = 0
         self._batches: list[tuple[list[int], Tensor]] = []
         self._steps: deque[_Step] = deque()
@@ -66,7 +69,7 @@ class FiniteWatch:
         """
         self._rank, self._number = rank, number
         self._batches.append((sequences, loss_R.detach().float()))
-        if loss_R.is_cuda:
+        if self._defers(loss_R):
             self._look(BEHIND)
         else:
             self._judge(number, [sequences], loss_R[None].tolist(), 0.0, self._limit())
@@ -83,7 +86,7 @@ class FiniteWatch:
         batches, self._batches = self._batches, []
         loss_MR = torch.stack([loss_R for _, loss_R in batches])
         sequences, limit = [of for of, _ in batches], self._limit()
-        if not loss_MR.is_cuda:
+        if not self._defers(loss_MR):
             self._judge(self._number, sequences, [], 0.0 if norm is None else float(norm), limit)
             self._remember(loss_MR.mean(), torch.tensor(False))
             return
@@ -95,12 +98,8 @@ class FiniteWatch:
         if norm is not None:
             optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
         self._remember(loss_MR.mean(), is_bad)
-        values = torch.cat((values, limit_1))
-        pinned = torch.empty(len(values), pin_memory=True)
-        pinned.copy_(values, non_blocking=True)
-        known = torch.cuda.Event()
-        known.record()
-        self._steps.append(_Step(self._number, sequences, loss_MR.shape[1], pinned, known))
+        there = _to_the_host(torch.cat((values, limit_1)))
+        self._steps.append(_Step(self._number, sequences, loss_MR.shape[1], *there))
 
     def wait(self) -> None:
         """Know of every step; before a checkpoint is written.
@@ -109,6 +108,9 @@ class FiniteWatch:
             UserError: one was not finite, or exploded.
         """
         self._look(0)
+
+    def _defers(self, loss: Tensor) -> bool:
+        return loss.is_cuda if self._deferred is None else self._deferred
 
     def _limit(self) -> Tensor | float:
         """What a batch's loss may be now."""
@@ -123,9 +125,10 @@ class FiniteWatch:
         self._mean = torch.where(is_bad, before, before + (loss - before) / min(self._count, WINDOW))
 
     def _look(self, behind: int) -> None:
-        while self._steps and (len(self._steps) > behind or self._steps[0].known.query()):
+        while self._steps and (len(self._steps) > behind or _is_known(self._steps[0])):
             step = self._steps.popleft()
-            step.known.synchronize()
+            if step.known is not None:
+                step.known.synchronize()
             *losses, norm, limit = step.values.tolist()
             loss_MR = [losses[first : first + step.ranks] for first in range(0, len(losses), step.ranks)]
             self._judge(step.number, step.batches, loss_MR, norm, limit)
@@ -148,6 +151,21 @@ class FiniteWatch:
 
     def _rows(self, rank: int, sequences: list[int]) -> str:
         return f"sequences {sequences}" if rank == self._rank else f"rank {rank}'s sequences, which it names itself"
+
+
+def _to_the_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy that is under way, and what says that it is there."""
+    if not values.is_cuda:
+        return values.clone(), None
+    pinned = torch.empty(len(values), pin_memory=True)
+    pinned.copy_(values, non_blocking=True)
+    known = torch.cuda.Event()
+    known.record()
+    return pinned, known
+
+
+def _is_known(step: _Step) -> bool:
+    return step.known is not None and bool(step.known.query())
 
 
 def _stop(what: str, number: int, where: str) -> UserError:
