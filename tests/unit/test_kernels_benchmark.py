@@ -44,6 +44,6 @@ def test_every_benchmark_is_called_with_options_that_it_has() -> None:
     assert every.commands_of(False, True) == {"storage": []}
     with_teacher, without = (every.commands_of(True, teacher) for teacher in (True, False))
     assert with_teacher["kernels"] == ["--teacher", "data/smollm2-135m"] and without["kernels"] == []
-    assert list(without) == ["storage", "kernels", "dump_throughput", "train_throughput", "decode"]
+    assert list(without) == ["storage", "kernels", "dump_throughput", "train_throughput", "slstm", "decode"]
     assert kernels.parser().parse_args(with_teacher["kernels"]).teacher == every.TEACHER
     assert train_throughput.parser().parse_args(with_teacher["train_throughput"]).presets == ["fast", "paper"]
