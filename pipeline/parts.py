@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 from pipeline.local_copies import LocalCopies
-from pipeline.store import again
+from pipeline.store import RangedFile, again
 
 TAIL_BYTES = 256 << 10
 """Fetched when a file is opened: its footer, in all but the longest files."""
 
 
-class PartsFile(io.RawIOBase):
+class PartsFile(RangedFile):
     """Reads like a file; what lies outside the parts that are held is fetched read by read.
 
     Args:
@@ -28,9 +27,8 @@ class PartsFile(io.RawIOBase):
     """
 
     def __init__(self, path: Path, size: int, name: str, copies: LocalCopies | None) -> None:
-        super().__init__()
-        self.path, self.size, self.name, self.copies = path, size, name, copies
-        self._at = 0
+        super().__init__(size)
+        self.path, self.name, self.copies = path, name, copies
         self._held: dict[tuple[int, int], bytes] = {}
         self.hold(max(0, size - TAIL_BYTES), size)
 
@@ -86,16 +84,3 @@ class PartsFile(io.RawIOBase):
             view[:count] = self._fetch(start, end)
         self._at = end
         return count
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True

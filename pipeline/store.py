@@ -157,18 +157,42 @@ def open_file(path: Path, buffering: int = -1) -> IO[bytes]:
     return path.open("rb", buffering=buffering) if not is_remote(path) else cast(IO[bytes], StoreFile(path))
 
 
-class StoreFile(io.RawIOBase):
+class RangedFile(io.RawIOBase):
+    """What files of a known size have in common that are read by range: a place of their own.
+
+    Attributes:
+        size: bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self._at = size, 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+class StoreFile(RangedFile):
     """A file on a store: a read gives all that was asked for, fewer bytes at its end only, and is tried again."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path, self._at = path, 0
         store: Any = path
         self._file: Any = again(lambda: store.fs.open(store.path, "rb"), path)
-        self._size: int = self._file.seek(0, io.SEEK_END)
+        super().__init__(self._file.seek(0, io.SEEK_END))
+        self._path = path
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: max(0, self._size - self._at)]
+        view = memoryview(buffer).cast("B")[: max(0, self.size - self._at)]
         again(lambda: self._fill(view), self._path)
         self._at += len(view)
         return len(view)
@@ -181,19 +205,6 @@ class StoreFile(io.RawIOBase):
             if not got:
                 raise OSError(errno.EIO, "the store returned fewer bytes than it said")
             held += got
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
     def close(self) -> None:
         if not self.closed:
