@@ -13,6 +13,12 @@ from teacher_dump.model_layers import depth_groups
 from teacher_dump.rows import CapturedRow, CaptureSpec, PackedRow
 
 VOCAB, LAYERS = 517, 3
+SHAPE = {
+    "vocab_size": VOCAB, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128,
+    "initializer_range": 0.12, "bos_token_id": None, "eos_token_id": 0,
+}  # fmt: skip
+"""Of every teacher here: grouped-query attention, a vocabulary of odd size."""
 
 
 def make_teacher(path: Path, *, head_scale: float = 1.0, tied: bool = False) -> Path:
@@ -25,20 +31,7 @@ def make_teacher(path: Path, *, head_scale: float = 1.0, tied: bool = False) -> 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(11)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=96,
-        intermediate_size=160,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-        initializer_range=0.12,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
+    config = LlamaConfig(**SHAPE, tie_word_embeddings=tied)
     model = LlamaForCausalLM(config).float()
     if not tied:
         model.lm_head.weight.data.mul_(head_scale)
@@ -56,22 +49,12 @@ def make_gemma(path: Path) -> Path:
 
     torch.manual_seed(12)
     config = Gemma2Config(
-        vocab_size=VOCAB,
-        hidden_size=96,
-        intermediate_size=160,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
+        **SHAPE,
         query_pre_attn_scalar=16,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         sliding_window=24,
         attn_logit_softcapping=1.0,
         final_logit_softcapping=5.0,
-        max_position_embeddings=128,
-        initializer_range=0.12,
-        bos_token_id=None,
-        eos_token_id=0,
         pad_token_id=0,
     )
     Gemma2ForCausalLM(config).float().save_pretrained(path)
