@@ -113,7 +113,8 @@ def through_vllm(case: Case) -> dict[str, Any]:
     """vLLM itself, with the memory for keys and values that ours gives it: prefill alone, or with prompt_logprobs."""
     from vllm import LLM, SamplingParams
 
-    from teacher_dump.engine import default_rows_per_step, kv_cache_bytes
+    from teacher_dump.engine import default_rows_per_step
+    from teacher_dump.kv_memory import kv_cache_bytes
     from teacher_dump.model_config import read_config
     from teacher_dump.vllm_process import prepare_process
 

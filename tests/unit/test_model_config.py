@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from teacher_dump.engine import kv_cache_bytes
+from teacher_dump.kv_memory import kv_cache_bytes
 from teacher_dump.model_config import read_config
 
 LLAMA = {"vocab_size": 9, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
