@@ -35,7 +35,7 @@ from student.runs.identity import Teaching, require_same_teacher
 from student.training.finite import FiniteWatch
 from student.training.loss_config import LossConfig
 from student.training.optimizer import OptimizerConfig, decays
-from student.training.ranks import over_ranks, start_sum
+from student.training.ranks import means_over_ranks, over_ranks, start_sum
 from student.training.schedule import StepCounter
 from student.training.sharding import ShardedStrategy, shard, whole
 from student.training.warm_up import build_kernels, first_rank_first
@@ -233,7 +233,8 @@ class DistillModule(LightningModule):
         Raises:
             UserError: see `FiniteWatch.loss`.
         """
-        logged, loss_R = self._of_all_ranks(self._terms)
+        # Each rank's values are its part of the whole batch's times the number of ranks: their means are the batch's.
+        logged, loss_R = means_over_ranks(self._terms, "train/loss", self.trainer.global_rank, self.trainer.world_size)
         # Of all ranks: where one's is not finite, all stop, and none waits for another.
         self.watch.loss(self._seen(loss_R), self.trainer.global_rank, self.trainer.global_step, self._batch_ids)
         alpha, tau = self._schedule
@@ -366,17 +367,6 @@ class DistillModule(LightningModule):
     def _seen(self, value: Tensor) -> Tensor:
         """As `FiniteWatch` wants it: only a fused optimiser can be told on the device."""
         return value.cpu() if isinstance(self.trainer.strategy, ShardedStrategy) else value
-
-    def _of_all_ranks(self, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """What is logged is the whole batch's: each rank's values are its part of it times the number of ranks. And
-        loss_R, every rank's loss."""
-        ranks, loss = self.trainer.world_size, values["train/loss"].detach().float()
-        if ranks == 1:
-            return dict(values), loss.reshape(1)
-        own_R = torch.where(torch.arange(ranks, device=loss.device) == self.trainer.global_rank, loss, 0.0)
-        sums = over_ranks(torch.cat((torch.stack([value.detach().float() for value in values.values()]), own_R)))
-        means, loss_R = sums[:-ranks] / ranks, sums[-ranks:]
-        return dict(zip(values, means.unbind(), strict=True)), loss_R
 
 
 def _teacher(batch: Batch, tau: float, kl: Divergence | None) -> TeacherTopK:

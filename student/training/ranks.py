@@ -121,6 +121,17 @@ def over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def means_over_ranks(values: dict[str, Tensor], each: str, rank: int, ranks: int) -> tuple[dict[str, Tensor], Tensor]:
+    """The means of the ranks' values, by name, and of the value `each` every rank's own, (ranks,); by one sum."""
+    own = values[each].detach().float()
+    if ranks == 1:
+        return dict(values), own.reshape(1)
+    own_R = torch.where(torch.arange(ranks, device=own.device) == rank, own, 0.0)
+    sums = over_ranks(torch.cat((torch.stack([value.detach().float() for value in values.values()]), own_R)))
+    means, own_R = sums[:-ranks] / ranks, sums[-ranks:]
+    return dict(zip(values, means.unbind(), strict=True)), own_R
+
+
 def start_sum(values: Tensor) -> Callable[[], Tensor]:
     """Begin to add up all ranks' values; what is returned gives the sum, on every rank.
 
