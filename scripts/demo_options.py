@@ -1,4 +1,4 @@
-"""Options that `make demo` adds where a CPU multiplies no bfloat16: float32, which is some three times as fast there.
+"""Options that `make demo` adds where a CPU multiplies no bfloat16: float32, which is more than twice as fast there.
 
     python -m scripts.demo_options dump
     python -m scripts.demo_options train
@@ -19,7 +19,7 @@ from pipeline.bfloat16 import slow_in_bfloat16
 CACHE, RUN = Path("caches/demo"), Path("runs/demo")
 SENTENCE = (
     "this CPU multiplies no bfloat16 (neither avx512_bf16 nor amx_bf16 in lscpu): teacher and student run in float32, "
-    "some three times as fast here; the figures differ a little from README's"
+    "more than twice as fast here; the figures differ a little from README's"
 )
 
 

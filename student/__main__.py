@@ -170,7 +170,7 @@ class TrainCLI(LightningCLI):
             if self.trainer.precision.startswith("bf16") and slow_in_bfloat16():
                 say(
                     f"note: trainer.precision is {self.trainer.precision}, and this CPU does not multiply bfloat16: "
-                    "a new run with --trainer.precision 32-true takes a third of the time"
+                    "a new run with --trainer.precision 32-true takes half the time"
                 )
             if self.config.init_from:
                 self.model.configure_model()

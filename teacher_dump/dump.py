@@ -97,7 +97,7 @@ def on_this_machine(slots: list[EngineSlot], work: Work, pending: Units, progres
     if len(pending) and work.config.engine.dtype == "bfloat16" and slow_in_bfloat16():
         log.warning(
             "engine.dtype is bfloat16, which this CPU does not multiply: a new cache with --engine.dtype float32 takes "
-            "a third of the time (its logits are then float32, and only students of such caches go with it)"
+            "less than half the time (its logits are then float32, and only students of such caches go with it)"
         )
     if len(slots) > 1 and len(pending) > 1:
         return Workers(work, pending, slots[: len(pending)], progress).run()
