@@ -23,7 +23,17 @@ import torch
 
 from benchmarks.measured import Row, device_name, table
 from benchmarks.quality import STARTED
-from benchmarks.quality.arms import BUDGETS, HELDOUT_CACHE, OTHER_CACHE, QUESTIONS, Arm, Budget, chosen, load_arms
+from benchmarks.quality.arms import (
+    BUDGETS,
+    HELDOUT_CACHE,
+    OTHER_CACHE,
+    QUESTIONS,
+    Arm,
+    Budget,
+    chosen,
+    is_current,
+    load_arms,
+)
 from benchmarks.quality.caches import Dumps, needs
 from benchmarks.quality.judges import DATA, JUDGES
 from benchmarks.quality.pool import Answer, Clock, Pool, known_seconds
@@ -103,7 +113,9 @@ def trials_of(
     Args:
         how: further fields of `Trial`.
     """
-    done = {key_of(row) for row in rows if "error" not in row and _is_current(row, arms, budget)}
+    asked = {arm.name: arm for arm in arms}
+    own = [row for row in rows if row["budget"] == budget.name and "error" not in row]
+    done = {key_of(row) for row in own if is_current(row, asked.get(row["arm"]), budget)}
     caches = scratch / "caches" / budget.name
     trials = [
         Trial(
@@ -120,11 +132,6 @@ def trials_of(
         for arm in arms
     ]
     return [trial for trial in trials if trial.key not in done]
-
-
-def _is_current(row: Row, arms: list[Arm], budget: Budget) -> bool:
-    arm = next((arm for arm in arms if arm.name == row["arm"]), None)
-    return arm is None or row["budget"] != budget.name or row.get("settings") == arm.settings(budget)
 
 
 def run(trials: list[Trial], results: Path, given: argparse.Namespace) -> None:

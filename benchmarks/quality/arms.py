@@ -262,6 +262,11 @@ def _share(path: Path, values: dict[str, Any]) -> float:
     return float(share)
 
 
+def is_current(row: dict[str, Any], arm: Arm | None, budget: Budget) -> bool:
+    """Whether a row's figures are of the settings that its arm's manifest, and this code, has now."""
+    return arm is None or row.get("settings") == arm.settings(budget)
+
+
 def chosen(arms: dict[str, Arm], names: Iterable[str] | None, question: str | None, budget: Budget) -> list[Arm]:
     """The arms that are asked for: by name, by question (its reference too), or all that the budget is for.
 

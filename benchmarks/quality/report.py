@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 
 from benchmarks.measured import Row
-from benchmarks.quality.arms import QUESTIONS, load_arms
+from benchmarks.quality.arms import BUDGETS, QUESTIONS, is_current, load_arms
 from benchmarks.quality.plots import COLOURS, kl_by_arm, positions, training_curves
 from benchmarks.quality.results import TEACHER
 from benchmarks.quality.tables import (
@@ -56,6 +56,7 @@ def write_report(rows: Sequence[Row], curves: Sequence[Row], docs: Path = DOCS) 
         "budgets": " ".join(_budget(of_budget(rows, budget)) for budget in budgets),
         "heldout": f"{students[0]['heldout']['targets']:,}",
         "other": f"{students[0]['other']['targets']:,}",
+        "outdated": " ".join(_outdated(rows, budget) for budget in budgets),
         "noise": " ".join(_noise(rows, budget) for budget in budgets),
         "questions": "".join(_question(rows, curves, name, budgets, pictures) for name in QUESTIONS),
         "positions": _positions(rows, budgets[0], pictures) + "".join(_long(rows, budget) for budget in budgets),
@@ -91,6 +92,17 @@ def _budget(arms: dict[str, list[Row]]) -> str:
         f"*{rows[0]['budget']}*: {' or '.join(f'{n / 1e6:.1f}' for n in tokens)} million token positions, "
         f"{' or '.join(f'{n:,}' for n in steps)} steps, {len(arms)} arms, seeds {', '.join(map(str, seeds))}."
     )
+
+
+def _outdated(rows: Sequence[Row], budget: str) -> str:
+    """The arms whose figures are of an earlier manifest or earlier code, and therefore to be measured again."""
+    arms = load_arms()
+    old = [
+        name
+        for name, own in of_budget(rows, budget).items()
+        if not all(is_current(row, arms.get(name), BUDGETS[budget]) for row in own)
+    ]
+    return f"Of *{budget}*: {', '.join(f'`{name}`' for name in old) or 'none'}."
 
 
 def _noise(rows: Sequence[Row], budget: str) -> str:
