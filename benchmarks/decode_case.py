@@ -8,8 +8,6 @@ Legend: B rows, T tokens of the prompt, V vocabulary.
 from __future__ import annotations
 
 import gc
-import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.meters import peak_gb, pick_device, reset_peak, seconds_of
-from benchmarks.processes import report
+from benchmarks.processes import given_case, report
 from benchmarks.random_cache import random_facts, random_tensors
 from benchmarks.train_baselines import random_teacher_model
 from benchmarks.train_step import Case as TrainCase
@@ -242,7 +240,7 @@ def measure_all(cases: list[Case]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    for found in measure_all([Case(**case) for case in json.loads(sys.argv[1])["cases"]]):
+    for found in measure_all([Case(**case) for case in given_case()["cases"]]):
         report(found)
 
 

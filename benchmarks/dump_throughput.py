@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -25,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measured import RESULTS, Row, device_name, merged_with, read_rows, table, write_results
-from benchmarks.throughput_case import MARK, TAUS, Case
+from benchmarks.processes import in_own_process
+from benchmarks.throughput_case import TAUS, Case
 
 CASES = ("bare", "flat", "topk", "all", "hidden", "committed")
 KEPT = ("memory_gb", "tokens", "bytes_per_token", "cores", "file_system")
@@ -72,14 +72,8 @@ def measure(case: Case) -> dict[str, Any]:
     Raises:
         RuntimeError: it failed; the text ends with what it said.
     """
-    environment = {**os.environ, "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-    command = [sys.executable, "-m", "benchmarks.throughput_case", json.dumps(asdict(case))]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in done.stdout.splitlines():
-        if line.startswith(MARK):
-            found: dict[str, Any] = json.loads(line.removeprefix(MARK))
-            return found
-    raise RuntimeError(f"{case.case} of {case.model} failed:\n" + "\n".join(done.stdout.splitlines()[-15:]))
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    return in_own_process("benchmarks.throughput_case", asdict(case), spare=True)
 
 
 def measure_shape(name: str, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:

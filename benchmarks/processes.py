@@ -16,37 +16,51 @@ from typing import Any
 MARK = "measured: "
 LINES = 25
 """Of what a process said that are shown when it fails."""
+_spares: dict[str, subprocess.Popen[str]] = {}
+"""Processes that have no case yet, by their module."""
 
 
-def in_own_process(module: str, case: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
+def in_own_process(
+    module: str, case: dict[str, Any], timeout: float | None = None, *, spare: bool = False
+) -> dict[str, Any]:
     """Run `python -m MODULE CASE` and return what it reported first; how it ended after that does not matter.
+
+    Args:
+        module: calls `given_case` for its case.
+        spare: start the process of this module's next case too, so that it imports what it needs while this one is
+            still starting; one that is never asked for ends with this process.
 
     Raises:
         RuntimeError: it failed or took longer than `timeout` seconds; the text ends with what it said.
     """
     found: list[dict[str, Any]] = []
     try:
-        found.extend(reports_of(module, case, timeout))
+        found.extend(reports_of(module, case, timeout, spare=spare))
     except RuntimeError:
         if not found:
             raise
     return found[0]
 
 
-def reports_of(module: str, case: dict[str, Any], timeout: float | None = None) -> Iterator[dict[str, Any]]:
+def reports_of(
+    module: str, case: dict[str, Any], timeout: float | None = None, *, spare: bool = False
+) -> Iterator[dict[str, Any]]:
     """Run `python -m MODULE CASE` and yield what it reports, as it comes; it ends when the caller stops listening.
+
+    `spare` is that of `in_own_process`.
 
     Raises:
         RuntimeError: it failed, reported nothing or took longer than `timeout` seconds; ends with what it said.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, json.dumps(case)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # other ranks are its children, and end with it
-    )
-    assert process.stdout is not None
+    process = _spares.pop(module, None)
+    if process is None:
+        process = _start(module, json.dumps(case))
+    else:
+        with contextlib.suppress(BrokenPipeError):  # it has failed already, and said why
+            print(json.dumps(case), file=process.stdin, flush=True)
+    if spare:
+        _spares[module] = _start(module, "-")
+    assert process.stdin is not None and process.stdout is not None
     late = threading.Event()
 
     def stop() -> None:
@@ -73,10 +87,34 @@ def reports_of(module: str, case: dict[str, Any], timeout: float | None = None) 
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
     if late.is_set():
         raise RuntimeError(f"{module} {case} took more than {timeout} s:\n{''.join(said)}")
     if status or not reported:
         raise RuntimeError(f"{module} {case} failed:\n{''.join(said)}")
+
+
+def _start(module: str, word: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", module, word],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # other ranks are its children, and end with it
+    )
+
+
+def given_case() -> dict[str, Any]:
+    """The child's side: its case, from the command line or, where that has `-`, from its input, after the imports."""
+    if sys.argv[1] == "-":
+        line = sys.stdin.readline()
+        if not line:
+            sys.exit(0)  # there was no further case
+        sys.argv[1] = line.strip()  # Lightning starts other ranks with these arguments
+    case: dict[str, Any] = json.loads(sys.argv[1])
+    return case
 
 
 def report(found: dict[str, Any]) -> None:

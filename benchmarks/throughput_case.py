@@ -8,7 +8,6 @@ prints one line of JSON: tokens_per_s, memory_gb, tokens, seconds.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,10 +19,10 @@ import numpy as np
 
 from benchmarks.host_times import HostTimes, host_times
 from benchmarks.measured import file_system, usable_cores
+from benchmarks.processes import given_case, report
 from teacher_dump.engine import EngineOptions, TeacherEngine
 from teacher_dump.rows import CaptureSpec, PackedRow
 
-MARK = "measured: "
 TAUS = (1.0, 1.2, 1.5, 2.0)
 
 
@@ -248,11 +247,20 @@ class profiled:  # noqa: N801 - reads as a statement
             Path(self.path).write_text(text)
 
 
+def import_vllm() -> None:
+    """Now, which takes long; the cases import it where they use it."""
+    from teacher_dump.vllm_process import prepare_process
+
+    prepare_process(quiet=True)
+    from vllm import LLM  # noqa: F401
+
+
 def main() -> None:
-    case = Case(**json.loads(sys.argv[1]))
+    import_vllm()
+    case = Case(**given_case())
     measure = {"bare": through_vllm, "flat": through_vllm, "committed": committed}.get(case.case, through_engine)
     found = measure(case)
-    print(MARK + json.dumps({**found, "tokens_per_s": found["tokens"] / found["seconds"]}), flush=True)
+    report({**found, "tokens_per_s": found["tokens"] / found["seconds"]})
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ Legend: B rows, T tokens a row, V vocabulary, D width.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.meters import pick_device
-from benchmarks.processes import report
+from benchmarks.processes import given_case, report
 from benchmarks.random_cache import write_random_cache
 from benchmarks.train_baselines import BaselineStep
 from benchmarks.train_clock import StepClock, timed_waits
@@ -45,6 +43,8 @@ def baseline(case: Case) -> dict[str, Any]:
     while True:
         try:
             step = BaselineStep(case, device, rows)
+            if case.profile:
+                return {"table": profile_table(step, device, case.warmup), "seconds": 1.0, "tokens": 0}
             found = measure_step(step, case, device)
             return {**found, "micro_rows": rows, **floor(step.stack, case, device)}
         except torch.OutOfMemoryError:
@@ -116,7 +116,7 @@ def train(case: Case, cache: str, **more: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    case = Case(**json.loads(sys.argv[1]))
+    case = Case(**given_case())
     measure = {"online": baseline, "package": baseline, "synthetic": synthetic, "write": write}.get(case.case, shards)
     found = measure(case)
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks of a run started this file too

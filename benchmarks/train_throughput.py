@@ -80,8 +80,8 @@ def run_cases(arguments: argparse.Namespace, scratch: Path) -> list[Row]:
                 started = time.perf_counter()
                 try:
                     if kind.startswith("shards") and not cache.exists():
-                        in_own_process("benchmarks.train_case", asdict(to_write(case)), arguments.timeout)
-                    found = in_own_process("benchmarks.train_case", asdict(case), arguments.timeout)
+                        in_own_process("benchmarks.train_case", asdict(to_write(case)), arguments.timeout, spare=True)
+                    found = in_own_process("benchmarks.train_case", asdict(case), arguments.timeout, spare=True)
                 except (RuntimeError, OSError) as error:
                     print(error, file=sys.stderr, flush=True)
                     continue
@@ -152,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--graphs", action="store_true", help="launch the student's blocks as CUDA graphs; see --name")
     options.add_argument(
         "--profile", action="store_true",
-        help="print the kernels of a few of our steps by time, and the GPU's gaps; nothing is written",
+        help="print the kernels of a few steps by time, and the GPU's gaps; nothing is written",
     )  # fmt: skip
     options.add_argument("--timeout", type=float, default=600.0, help="seconds after which a case is given up")
     options.add_argument("--scratch", help="folder on the disk that shards are written to")

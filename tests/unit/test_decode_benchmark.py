@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, decode_case
+from benchmarks import decode, decode_case, processes
 from benchmarks.processes import in_own_process, reports_of
 from student.generate import generate
 
@@ -96,3 +97,27 @@ def test_reports_come_while_the_process_runs(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(RuntimeError, match="took more than 3 s"):
         list(late)
     assert in_own_process("reporting", {"seconds": 0, "status": 3}) == {"step": 1}
+
+
+def test_a_spare_process_has_imported_before_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sparing.py").write_text(
+        "import os, sys, pathlib\n"
+        "pathlib.Path(__file__).with_suffix(f'.{os.getpid()}').touch()\n"
+        "from benchmarks.processes import given_case, report\n"
+        "report({**given_case(), 'pid': os.getpid(), 'words': sys.argv[1:]})\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(REPOSITORY)]))
+
+    def started() -> set[int]:
+        return {int(path.suffix[1:]) for path in tmp_path.glob("sparing.*") if path.suffix != ".py"}
+
+    first = in_own_process("sparing", {"n": 1}, spare=True)["pid"]
+    while len(started()) < 2:
+        time.sleep(0.05)
+    (spare,) = started() - {first}
+    second = in_own_process("sparing", {"n": 2}, timeout=60, spare=True)
+    assert (second["n"], second["pid"], second["words"]) == (2, spare, ['{"n": 2}'])
+    last = in_own_process("sparing", {"n": 3})
+    assert last["n"] == 3 and not processes._spares
+    ended = processes._start("sparing", "-")
+    assert ended.communicate()[0] == "" and ended.returncode == 0
