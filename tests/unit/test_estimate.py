@@ -48,8 +48,24 @@ def manifest(tmp_path: Path) -> Path:
     return path
 
 
-def of(manifest: Path, **changes: Any) -> dict[str, dict[str, Any]]:
-    sections, _ = estimate(Options(manifest=str(manifest), results=RESULTS, **changes))
+@pytest.fixture
+def cards(tmp_path: Path) -> Path:
+    """The committed figures, as if Llama's rows were an H100's and all others an H200's."""
+    folder = tmp_path / "results"
+    shutil.copytree(RESULTS, folder)
+    path = folder / "dump_throughput.json"
+    found = json.loads(path.read_text())
+    found["device"] = "NVIDIA H200"
+    for row in found["rows"]:
+        row.pop("device", None)
+        if row["shape"].startswith("llama"):
+            row["device"] = "NVIDIA H100 80GB HBM3"
+    path.write_text(json.dumps(found))
+    return folder
+
+
+def of(manifest: Path, results: Path = RESULTS, **changes: Any) -> dict[str, dict[str, Any]]:
+    sections, _ = estimate(Options(manifest=str(manifest), results=results, **changes))
     return {title: {name: figure.value for name, figure in rows.items()} for title, rows in sections.items()}
 
 
@@ -144,23 +160,23 @@ def test_row_groups_are_read_as_often_as_the_loader_reads_them() -> None:
         assert len(pairs) / 192 == pytest.approx(readers(ranks), rel=0.12), ranks
 
 
-def test_a_teacher_that_is_not_known_is_scaled_by_its_parameters(manifest: Path) -> None:
+def test_a_teacher_that_is_not_known_is_scaled_by_its_parameters(manifest: Path, cards: Path) -> None:
     sizes = {"teacher": "someone/Large", "vocab_size": 128_256, "width": 8192}
-    half = of(manifest, teacher_params=35e9, **sizes)["stage one"]
-    whole = of(manifest, teacher_params=70e9, **sizes)["stage one"]
+    half = of(manifest, cards, teacher_params=35e9, **sizes)["stage one"]
+    whole = of(manifest, cards, teacher_params=70e9, **sizes)["stage one"]
     head = 2 * 128_256 * 8192
     assert half["bare prefill, a GPU"] / whole["bare prefill, a GPU"] == pytest.approx((70e9 - head) / (35e9 - head))
     assert whole["GPUs a teacher"] == 2 and half["GPUs a teacher"] == 1
-    assert of(manifest, teacher_params=60e9, **sizes)["stage one"]["GPUs a teacher"] == 2, "120 GB, on H100s"
-    known = of(manifest, teacher="meta-llama/Llama-3.1-70B")["stage one"]
+    assert of(manifest, cards, teacher_params=60e9, **sizes)["stage one"]["GPUs a teacher"] == 2, "120 GB, on H100s"
+    known = of(manifest, cards, teacher="meta-llama/Llama-3.1-70B")["stage one"]
     assert known["bare prefill, a GPU"] == pytest.approx(whole["bare prefill, a GPU"], rel=0.05)
 
 
-def test_the_gpus_a_teacher_needs_are_of_the_card_that_was_measured(manifest: Path) -> None:
+def test_the_gpus_a_teacher_needs_are_of_the_card_that_was_measured(manifest: Path, cards: Path) -> None:
     """Llama's rate is an H100's, Qwen's an H200's; a rate that is given names no card."""
 
     def needs(**changes: Any) -> tuple[Any, str]:
-        sections, notes = estimate(Options(manifest=str(manifest), results=RESULTS, **changes))
+        sections, notes = estimate(Options(manifest=str(manifest), results=cards, **changes))
         figure = sections["stage one"]["GPUs a teacher"]
         return figure.value, figure.source + "; ".join(notes)
 
