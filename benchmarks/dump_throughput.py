@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measured import RESULTS, Row, device_name, merged_with, read_rows, table, write_results
-from benchmarks.processes import in_own_process
+from benchmarks.processes import in_own_process, spare_processes
 from benchmarks.throughput_case import TAUS, Case
 
 CASES = ("bare", "flat", "topk", "all", "hidden", "committed")
@@ -73,7 +73,7 @@ def measure(case: Case) -> dict[str, Any]:
         RuntimeError: it failed; the text ends with what it said.
     """
     os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
-    return in_own_process("benchmarks.throughput_case", asdict(case), spare=True)
+    return in_own_process("benchmarks.throughput_case", asdict(case))
 
 
 def measure_shape(name: str, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -140,7 +140,7 @@ def main() -> int:
     parser.add_argument("--name", default="dump_throughput", help="of the JSON")
     arguments = parser.parse_args()
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as shapes:
+    with tempfile.TemporaryDirectory() as shapes, spare_processes():
         folders = {name: shape_folder(SHAPES[name], Path(shapes) / name) for name in arguments.shapes}
         for path in map(Path, arguments.model):
             name = path.parent.name if path.is_file() else path.name

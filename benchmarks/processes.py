@@ -16,49 +16,52 @@ from typing import Any
 MARK = "measured: "
 LINES = 25
 """Of what a process said that are shown when it fails."""
-_spares: dict[str, subprocess.Popen[str]] = {}
-"""Processes that have no case yet, by their module."""
+_spares: dict[str, subprocess.Popen[str]] | None = None
+"""Processes that have no case yet, by their module; None: no such process is started."""
 
 
-def in_own_process(
-    module: str, case: dict[str, Any], timeout: float | None = None, *, spare: bool = False
-) -> dict[str, Any]:
+@contextlib.contextmanager
+def spare_processes() -> Iterator[None]:
+    """Inside, a case's process is followed at once by that of the next case of its module, which imports what it
+    needs while the first is still starting; such a module calls `given_case` for its case."""
+    global _spares
+    _spares = {}
+    try:
+        yield
+    finally:
+        spares, _spares = _spares, None
+        for process in spares.values():
+            process.communicate()  # the end of its input is the end of it
+
+
+def in_own_process(module: str, case: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
     """Run `python -m MODULE CASE` and return what it reported first; how it ended after that does not matter.
-
-    Args:
-        module: calls `given_case` for its case.
-        spare: start the process of this module's next case too, so that it imports what it needs while this one is
-            still starting; one that is never asked for ends with this process.
 
     Raises:
         RuntimeError: it failed or took longer than `timeout` seconds; the text ends with what it said.
     """
     found: list[dict[str, Any]] = []
     try:
-        found.extend(reports_of(module, case, timeout, spare=spare))
+        found.extend(reports_of(module, case, timeout))
     except RuntimeError:
         if not found:
             raise
     return found[0]
 
 
-def reports_of(
-    module: str, case: dict[str, Any], timeout: float | None = None, *, spare: bool = False
-) -> Iterator[dict[str, Any]]:
+def reports_of(module: str, case: dict[str, Any], timeout: float | None = None) -> Iterator[dict[str, Any]]:
     """Run `python -m MODULE CASE` and yield what it reports, as it comes; it ends when the caller stops listening.
-
-    `spare` is that of `in_own_process`.
 
     Raises:
         RuntimeError: it failed, reported nothing or took longer than `timeout` seconds; ends with what it said.
     """
-    process = _spares.pop(module, None)
+    process = _spares.pop(module, None) if _spares is not None else None
     if process is None:
         process = _start(module, json.dumps(case))
     else:
         with contextlib.suppress(BrokenPipeError):  # it has failed already, and said why
             print(json.dumps(case), file=process.stdin, flush=True)
-    if spare:
+    if _spares is not None:
         _spares[module] = _start(module, "-")
     assert process.stdin is not None and process.stdout is not None
     late = threading.Event()

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measured import RESULTS, Row, device_name, merged_with, read_rows, table, write_results
-from benchmarks.processes import in_own_process
+from benchmarks.processes import in_own_process, spare_processes
 from benchmarks.train_step import LOSS_PRESET, PRESETS, Case
 
 CASES = ("online", "package", "synthetic", "shards", "shards_s3", "shards_ddp2")
@@ -80,8 +80,8 @@ def run_cases(arguments: argparse.Namespace, scratch: Path) -> list[Row]:
                 started = time.perf_counter()
                 try:
                     if kind.startswith("shards") and not cache.exists():
-                        in_own_process("benchmarks.train_case", asdict(to_write(case)), arguments.timeout, spare=True)
-                    found = in_own_process("benchmarks.train_case", asdict(case), arguments.timeout, spare=True)
+                        in_own_process("benchmarks.train_case", asdict(to_write(case)), arguments.timeout)
+                    found = in_own_process("benchmarks.train_case", asdict(case), arguments.timeout)
                 except (RuntimeError, OSError) as error:
                     print(error, file=sys.stderr, flush=True)
                     continue
@@ -174,7 +174,7 @@ def main(words: list[str] | None = None) -> int:
     if arguments.profile:
         arguments.cases = arguments.cases or ["synthetic"]
         arguments.steps, arguments.shard_tokens = min(arguments.steps, 6), 0
-    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch, spare_processes():
         rows = run_cases(arguments, Path(scratch))
     if not rows:
         return 0 if arguments.profile else 1

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, decode_case, processes
-from benchmarks.processes import in_own_process, reports_of
+from benchmarks import decode, decode_case
+from benchmarks.processes import in_own_process, reports_of, spare_processes
 from student.generate import generate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -111,13 +111,16 @@ def test_a_spare_process_has_imported_before_it_is_asked(tmp_path: Path, monkeyp
     def started() -> set[int]:
         return {int(path.suffix[1:]) for path in tmp_path.glob("sparing.*") if path.suffix != ".py"}
 
-    first = in_own_process("sparing", {"n": 1}, spare=True)["pid"]
-    while len(started()) < 2:
-        time.sleep(0.05)
-    (spare,) = started() - {first}
-    second = in_own_process("sparing", {"n": 2}, timeout=60, spare=True)
-    assert (second["n"], second["pid"], second["words"]) == (2, spare, ['{"n": 2}'])
-    last = in_own_process("sparing", {"n": 3})
-    assert last["n"] == 3 and not processes._spares
-    ended = processes._start("sparing", "-")
-    assert ended.communicate()[0] == "" and ended.returncode == 0
+    with spare_processes():
+        first = in_own_process("sparing", {"n": 1})["pid"]
+        while len(started()) < 2:
+            time.sleep(0.05)
+        (spare,) = started() - {first}
+        second = in_own_process("sparing", {"n": 2}, timeout=60)
+        assert (second["n"], second["pid"], second["words"]) == (2, spare, ['{"n": 2}'])
+        while len(started()) < 3:
+            time.sleep(0.05)
+        (last,) = started() - {first, spare}
+    assert not Path(f"/proc/{last}").exists()
+    assert in_own_process("sparing", {"n": 3})["n"] == 3
+    assert len(started()) == 4
