@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -72,7 +71,6 @@ def measure(case: Case) -> dict[str, Any]:
     Raises:
         RuntimeError: it failed; the text ends with what it said.
     """
-    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     return in_own_process("benchmarks.throughput_case", asdict(case))
 
 

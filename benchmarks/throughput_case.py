@@ -8,6 +8,7 @@ prints one line of JSON: tokens_per_s, memory_gb, tokens, seconds.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -115,9 +116,7 @@ def through_vllm(case: Case) -> dict[str, Any]:
     from teacher_dump.engine import default_rows_per_step
     from teacher_dump.kv_memory import kv_cache_bytes
     from teacher_dump.model_config import read_config
-    from teacher_dump.vllm_process import prepare_process
 
-    prepare_process(quiet=True)
     rows_per_step = case.rows_per_step or default_rows_per_step(case.length)
     flat = case.case == "flat"
     arguments: dict[str, Any] = {"max_logprobs": case.k} if flat else {}
@@ -251,6 +250,7 @@ def import_vllm() -> None:
     """Now, which takes long; the cases import it where they use it."""
     from teacher_dump.vllm_process import prepare_process
 
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # it is compiled at its first use, and not what is measured
     prepare_process(quiet=True)
     from vllm import LLM  # noqa: F401
 

@@ -74,8 +74,14 @@ def test_what_does_not_fit_is_a_row_with_the_reason(
     assert "out of memory" in capsys.readouterr().out
 
 
+def offer(name: str, text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that processes of a benchmark find, beside the repository's."""
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(REPOSITORY)]))
+
+
 def test_reports_come_while_the_process_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "reporting.py").write_text(
+    text = (
         "import json, sys, time\n"
         "from benchmarks.processes import report\n"
         "report({'step': 1}); report({'step': 2})\n"
@@ -84,7 +90,7 @@ def test_reports_come_while_the_process_runs(tmp_path: Path, monkeypatch: pytest
         "time.sleep(case['seconds'])\n"
         "sys.exit(case['status'])\n"
     )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(REPOSITORY)]))
+    offer("reporting", text, tmp_path, monkeypatch)
     assert [found["step"] for found in reports_of("reporting", {"seconds": 0, "status": 0})] == [1, 2]
     running = reports_of("reporting", {"seconds": 1000, "status": 0})
     assert next(running)["step"] == 1
@@ -100,13 +106,13 @@ def test_reports_come_while_the_process_runs(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_spare_process_has_imported_before_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sparing.py").write_text(
+    text = (
         "import os, sys, pathlib\n"
         "pathlib.Path(__file__).with_suffix(f'.{os.getpid()}').touch()\n"
         "from benchmarks.processes import given_case, report\n"
         "report({**given_case(), 'pid': os.getpid(), 'words': sys.argv[1:]})\n"
     )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(REPOSITORY)]))
+    offer("sparing", text, tmp_path, monkeypatch)
 
     def started() -> set[int]:
         return {int(path.suffix[1:]) for path in tmp_path.glob("sparing.*") if path.suffix != ".py"}
