@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--out", type=Path, help="folder that gets a copy of every result as it comes")
     options.add_argument("--keep_runs", action="store_true", help="leave the students' run folders in SCRATCH")
     options.add_argument("--judges", nargs="+", choices=JUDGES, default=[], help="ask these about every student too")
+    options.add_argument("--judged_seeds", nargs="+", type=int, help="of which seeds; all unless given")
     options.add_argument("--graphs", action="store_true", help="launch blocks as CUDA graphs; changes times only")
     options.add_argument("--small", action="store_true", help="2 shards of 512 tokens: checks the runner, on a CPU too")
     options.add_argument("--list", action="store_true", help="say what is missing, and end")
@@ -93,8 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
         results = given.scratch / QUALITY.name
     arms = chosen(load_arms(), given.arms, given.question, budget)
     seeds = given.seeds or list(budget.seeds)
-    how = {"keep": given.keep_runs, "judges": tuple(given.judges), "graphs": given.graphs}
+    how = {"keep": given.keep_runs, "graphs": given.graphs}
     missing = trials_of(arms, seeds, budget, RowFile(results).read(), given.scratch, **how)
+    judged = given.judged_seeds or seeds
+    missing = [replace(trial, judges=tuple(given.judges)) if trial.seed in judged else trial for trial in missing]
     print(f"{len(arms) * len(seeds)} trials of {budget.name}, {len(missing)} without figures", flush=True)
     if given.list:
         print("\n".join(map(str, missing)))
@@ -143,7 +147,8 @@ def run(trials: list[Trial], results: Path, given: argparse.Namespace) -> None:
     if "zero_shot" in given.judges:
         prepare(DATA)  # fetches them where they are missing, before anything is trained
     budget = trials[0].budget
-    clock = Clock(given.minutes, known_seconds(RowFile(results).read(), budget.name, device_name()), STARTED)
+    known = known_seconds(RowFile(results).read(), load_arms(), budget.name, device_name())
+    clock = Clock(given.minutes, known, STARTED)
     logs = given.scratch / "logs"
     report = partial(write_answer, results=results, out=given.out, workers=workers, logs=logs)
     wanted = needs({trial.arm.name: trial.arm for trial in trials}.values(), budget, given.scratch)

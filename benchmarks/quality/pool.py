@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.measured import Row
+from benchmarks.quality.arms import Arm
 from benchmarks.quality.caches import Dumps
 from benchmarks.quality.trial import Trial, to_make
 from benchmarks.quality.worker import order_of
@@ -32,41 +33,45 @@ Answer = dict[str, Any]
 
 @dataclass
 class Clock:
-    """Whether a trial would end in time, judged by those that did.
+    """Whether a trial would end in time, judged by those of its kind that did.
 
     Attributes:
         minutes: since `started` in which all must be over; None: any.
-        known: seconds of trials of this kind on this device, from earlier runs.
+        known: by kind, seconds of trials on this device, from earlier runs.
+        first, later: by kind, seconds of trials in this run; `first`: of their process, which loaded kernels and teacher.
         starts: seconds that trials took to make, or wait for, what they begin from; in no other figure here.
     """
 
     minutes: float | None
-    known: list[float] = field(default_factory=list)
+    known: dict[str, list[float]] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
-    first: list[float] = field(default_factory=list)
-    later: list[float] = field(default_factory=list)
+    first: dict[str, list[float]] = field(default_factory=dict)
+    later: dict[str, list[float]] = field(default_factory=dict)
     starts: list[float] = field(default_factory=list)
 
-    def note(self, seconds: float, first: bool, start: float = 0.0) -> None:
-        """A trial that ended, `start` of its seconds for what it begins from; `first` of its process: kernels were
-        loaded, and the teacher."""
-        (self.first if first else self.later).append(seconds - start)
+    def note(self, kind: str, seconds: float, first: bool, start: float = 0.0) -> None:
+        """A trial that ended, `start` of its seconds for what it begins from."""
+        (self.first if first else self.later).setdefault(kind, []).append(seconds - start)
         self.starts.append(start)
 
-    def fits(self, makes_start: bool = False) -> bool:
+    def fits(self, kind: str, makes_start: bool = False) -> bool:
         """Whether a trial would; `makes_start`: which begins from what is not there yet."""
         if self.minutes is None:
             return True
         start = max(self.starts, default=0.0) if makes_start else 0.0
-        return time.monotonic() - self.started + start + self.estimate() <= 60 * self.minutes
+        return time.monotonic() - self.started + start + self.estimate(kind) <= 60 * self.minutes
 
     def overdue(self) -> bool:
         """Whether a trial under way took so much longer than was thought that it is given up."""
         return self.minutes is not None and time.monotonic() - self.started > 60 * self.minutes + GRACE_SECONDS
 
-    def estimate(self) -> float:
-        """Seconds of a trial: the longest seen in this run, else before it; 0 where nothing is known."""
-        return max(self.later or self.known or self.first, default=0.0)
+    def estimate(self, kind: str) -> float:
+        """Seconds of a trial: the longest of its kind in this run, else before it; of a kind that nothing is known of,
+        the longest of all; 0 where there were none."""
+        sources = (self.later, self.known, self.first)
+        of_kind = next((source[kind] for source in sources if kind in source), None)
+        of_all = next((source for source in sources if source), {})
+        return max(of_kind or [seconds for some in of_all.values() for seconds in some], default=0.0)
 
 
 class Worker:
@@ -195,7 +200,7 @@ class Pool:
 
     def _in_time(self) -> list[Trial]:
         """Those that would end in time if they began now."""
-        return [trial for trial in self.waiting if self.clock.fits(bool(to_make(trial)))]
+        return [trial for trial in self.waiting if self.clock.fits(kind_of(trial.arm), bool(to_make(trial)))]
 
     def _next(self) -> Trial | None:
         """The first of them whose caches are there and which would not wait for what another one is making."""
@@ -221,7 +226,7 @@ class Pool:
         worker.trials += 1
         if "error" not in answer:
             start = answer["row"]["seconds"].get("start", 0.0)
-            self.clock.note(time.monotonic() - worker.since, worker.trials == 1, start)
+            self.clock.note(kind_of(trial.arm), time.monotonic() - worker.since, worker.trials == 1, start)
         self.report(trial, answer)
 
     def _lose(self, worker: Worker) -> None:
@@ -238,7 +243,16 @@ def caches_of(trial: Trial) -> set[str]:
     return {path.name for path in (trial.train, trial.heldout, trial.other)} | set(trial.arm.dumps())
 
 
-def known_seconds(rows: list[Row], budget: str, device: str) -> list[float]:
-    """What trials of a budget took on such a device, without what they begin from."""
-    of_kind = [row for row in rows if row.get("budget") == budget and row.get("device") == device and "seconds" in row]
-    return [row["seconds"]["total"] - row["seconds"].get("start", 0.0) for row in of_kind]
+def kind_of(arm: Arm) -> str:
+    """Arms of the same kind take about as long: students of one shape, as many steps, the teacher there or not."""
+    return json.dumps([arm.shape(), arm.share, arm.teacher_in_loop], sort_keys=True)
+
+
+def known_seconds(rows: list[Row], arms: Mapping[str, Arm], budget: str, device: str) -> dict[str, list[float]]:
+    """By kind, what trials of a budget took on such a device, without what they begin from."""
+    known: dict[str, list[float]] = {}
+    for row in rows:
+        if row.get("budget") == budget and row.get("device") == device and "seconds" in row and row["arm"] in arms:
+            seconds = row["seconds"]["total"] - row["seconds"].get("start", 0.0)
+            known.setdefault(kind_of(arms[row["arm"]]), []).append(seconds)
+    return known

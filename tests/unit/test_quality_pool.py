@@ -11,7 +11,7 @@ from typing import cast
 from benchmarks.quality.__main__ import trials_of
 from benchmarks.quality.arms import BUDGETS, load_arms
 from benchmarks.quality.caches import Dumps
-from benchmarks.quality.pool import Clock, Pool, Worker, known_seconds
+from benchmarks.quality.pool import Clock, Pool, Worker, kind_of, known_seconds
 from benchmarks.quality.trial import Trial, start_folder
 
 READY = ("experiment", "experiment-other", "experiment-long")
@@ -24,19 +24,23 @@ def trials_named(names: Sequence[str], scratch: Path) -> dict[str, Trial]:
 
 def test_nothing_is_begun_that_would_not_end_in_time() -> None:
     clock = Clock(minutes=2.0, started=time.monotonic() - 60)
-    assert clock.fits()  # nothing is known yet
-    clock.note(90, first=True)
-    assert not clock.fits()
-    clock.note(50, first=False)  # kernels were loaded in the first one
-    assert clock.fits()
-    clock.note(61, first=False)
-    assert not clock.fits()
-    assert Clock(minutes=None).fits() and not Clock(minutes=None).overdue()
+    assert clock.fits("small")  # nothing is known yet
+    clock.note("small", 90, first=True)
+    assert not clock.fits("small")
+    clock.note("small", 50, first=False)  # kernels were loaded in the first one
+    assert clock.fits("small")
+    clock.note("small", 61, first=False)
+    assert not clock.fits("small")
+    clock.note("smaller", 5, first=False)
+    assert clock.fits("smaller") and not clock.fits("small")
+    assert not clock.fits("unknown")  # as long as the longest
+    assert Clock(minutes=None).fits("small") and not Clock(minutes=None).overdue()
     assert not clock.overdue() and Clock(minutes=0.1, started=time.monotonic() - 60).overdue()
-    assert not Clock(minutes=1.0, known=[70.0]).fits()
+    known = {"small": [70.0]}
+    assert not Clock(minutes=1.0, known=known).fits("small")
     clock = Clock(minutes=2.0, started=time.monotonic() - 60)
-    clock.note(90, first=False, start=50)
-    assert clock.fits() and not clock.fits(makes_start=True)
+    clock.note("small", 90, first=False, start=50)
+    assert clock.fits("small") and not clock.fits("small", makes_start=True)
 
 
 def test_nobody_waits_for_what_another_one_makes(tmp_path: Path) -> None:
@@ -67,7 +71,7 @@ def test_what_would_not_end_in_time_is_in_nobodys_way(tmp_path: Path) -> None:
     """The first one's start takes too long; the next one needs none."""
     trials = trials_named(("start-only", "ce"), tmp_path)
     clock = Clock(minutes=2.0, started=time.monotonic() - 60)
-    clock.note(70, first=False, start=50)
+    clock.note(kind_of(trials["ce"].arm), 70, first=False, start=50)
     dumps = SimpleNamespace(ready=set(READY))
     pool = Pool(list(trials.values()), cast(Dumps, dumps), clock, 3, tmp_path, lambda *_: None)
     assert pool._next() is trials["ce"]
@@ -75,7 +79,12 @@ def test_what_would_not_end_in_time_is_in_nobodys_way(tmp_path: Path) -> None:
     assert pool._next() is None and not pool._in_time()
 
 
-def test_what_trials_took_is_known_for_the_device_and_budget() -> None:
-    row = {"budget": "screen", "device": "A", "seconds": {"total": 9.0}}
-    rows = [row, {**row, "device": "B"}, {**row, "budget": "headline"}, {"budget": "screen", "error": "x"}]
-    assert known_seconds(rows, "screen", "A") == [9.0]
+def test_what_trials_took_is_known_for_the_device_the_budget_and_the_kind() -> None:
+    """Students of one shape are of one kind, whatever loss they are trained with."""
+    arms = load_arms()
+    row = {"arm": "ce", "budget": "screen", "device": "A", "seconds": {"total": 9.0, "start": 2.0}}
+    other = [{**row, "device": "B"}, {**row, "budget": "headline"}, {**row, "arm": "gone"}]
+    rows = [row, {**row, "arm": "delta"}, {**row, "arm": "recommended"}, *other, {"budget": "screen", "error": "x"}]
+    known = known_seconds(rows, arms, "screen", "A")
+    assert known == {kind_of(arms["tail-k8"]): [7.0, 7.0], kind_of(arms["recommended-ce"]): [7.0]}
+    assert kind_of(arms["online"]) not in known
