@@ -38,7 +38,8 @@ class Clock:
     Attributes:
         minutes: since `started` in which all must be over; None: any.
         known: by kind, seconds of trials on this device, from earlier runs.
-        first, later: by kind, seconds of trials in this run; `first`: of their process, which loaded kernels and teacher.
+        first, later: by kind, seconds of trials in this run; `first`: the first ones of their process, which load
+            kernels and the teacher.
         starts: seconds that trials took to make, or wait for, what they begin from; in no other figure here.
     """
 
