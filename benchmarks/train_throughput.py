@@ -9,10 +9,11 @@ paper's authors train), `package` (the package's blocks and a chunked loss in pl
 targets), `synthetic` (ours, one batch that stays on the GPU, no trainer), `shards` (ours: `python -m student` with
 its trainer, loader and callbacks, from shards that the benchmark commits first), `shards_s3` (the same shards from an
 S3-compatible server on this machine, in the epoch after the first) and `shards_ddp2` (on two GPUs; the batch is that
-of each). The student is that of manifests/students/PRESET.yaml on a teacher of Qwen2.5-1.5B's width and vocabulary;
-the loss CE + KL + attention maps, for online and package CE + KL. AdamW, bf16-mixed, gradients clipped. Without
---cases the first preset and shape run all cases that the machine's GPUs allow, the others `synthetic` and `shards`.
-A row of `synthetic` always has the times of the step's parts, the optimizer's among them.
+of each; `scaling` is over the `shards` of the same run). The student is that of manifests/students/PRESET.yaml on a
+teacher of Qwen2.5-1.5B's width and vocabulary; the loss CE + KL + attention maps, for online and package CE + KL.
+AdamW, bf16-mixed, gradients clipped. Without --cases the first preset and shape run all cases that the machine's GPUs
+allow, the others `synthetic` and `shards`. A row of `synthetic` always has the times of the step's parts, the
+optimizer's among them.
 
 The floor is (6 P + 4 V D) / R microseconds a token: P weights of the trained matrices (0.50 GFLOP a token at D=1536),
 V D the frozen head (0.93), R the FLOP/s that a large bfloat16 product reaches in the same process. `share` is the floor
@@ -28,6 +29,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,10 @@ from benchmarks.train_step import LOSS_PRESET, PRESETS, Case
 CASES = ("online", "package", "synthetic", "shards", "shards_s3", "shards_ddp2")
 OURS = ("synthetic", "shards")
 KEYS = ("preset", "case", "batch", "length")
-COLUMNS = [*KEYS, "tokens_per_s", "us_per_token", "share", "peak_gb", "micro_rows", "loader_wait_us", "longest_wait_s"]
+COLUMNS = [
+    *KEYS, "tokens_per_s", "us_per_token", "share", "scaling", "peak_gb", "micro_rows", "loader_wait_us",
+    "longest_wait_s",
+]  # fmt: skip
 SMALL: dict[str, Any] = {
     "width": 64, "vocab": 160, "k": 8, "block": 16, "groups": 2, "teacher_layers": 1, "heads": 4, "blocks": 2,
 }  # fmt: skip
@@ -58,13 +63,16 @@ def shape(text: str) -> tuple[int, int]:
     return int(batch), int(length)
 
 
-def to_row(case: Case, found: dict[str, Any]) -> Row:
-    """What is written of one measurement."""
+def to_row(case: Case, found: dict[str, Any], before: Sequence[Row] = ()) -> Row:
+    """What is written of one measurement; of `shards_ddp2` its `scaling` over `shards` too, if it is among `before`."""
     us = 1e6 / found["tokens_per_s"]
     row: Row = {"preset": case.preset, "case": case.case, "batch": case.batch, "length": case.length}
     share = found["floor_us"] / (us * case.gpus)  # of each GPU's own floor
     row |= {"tokens_per_s": found["tokens_per_s"], "us_per_token": us, "share": share}
     row |= {key: value for key, value in found.items() if key not in {*row, "tokens"}}
+    same = [other for other in before if all(other[key] == row[key] for key in ("preset", "batch", "length"))]
+    if case.case == "shards_ddp2" and (one := [other for other in same if other["case"] == "shards"]):
+        row["scaling"] = row["tokens_per_s"] / one[-1]["tokens_per_s"]
     return {**row, "steps": case.steps, "warmup": case.warmup}
 
 
@@ -91,7 +99,7 @@ def run_cases(arguments: argparse.Namespace, scratch: Path) -> list[Row]:
                     told = found.get("table", f"{kind} has no profile")
                     print(f"{preset} {batch}x{length}: {told}", flush=True)
                     continue
-                rows.append(to_row(case, found))
+                rows.append(to_row(case, found, rows))
                 print(json.dumps(rows[-1]), f"({time.perf_counter() - started:.0f} s)", flush=True)
                 save(arguments, rows)
         shutil.rmtree(cache, ignore_errors=True)

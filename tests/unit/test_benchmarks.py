@@ -194,6 +194,16 @@ def test_a_rows_share_is_of_each_gpus_floor(kind: str, share: float) -> None:
     assert row["us_per_token"] == 4.0 and row["share"] == share and "tokens" not in row
 
 
+def test_two_gpus_are_set_beside_one_of_the_same_run() -> None:
+    """Of the same preset and shape, by `shards` alone."""
+    found = {"tokens_per_s": 200_000.0, "floor_us": 2.0, "seconds": 3.0}
+    one = train_throughput.to_row(small("shards"), found)
+    others = [train_throughput.to_row(small("synthetic"), found), {**one, "length": 7, "tokens_per_s": 1.0}]
+    two = {**found, "tokens_per_s": 390_000.0}
+    assert "scaling" not in one and "scaling" not in train_throughput.to_row(small("shards_ddp2"), two, others)
+    assert train_throughput.to_row(small("shards_ddp2"), two, [*others, one])["scaling"] == 1.95
+
+
 @pytest.mark.parametrize("shape", [{}, {"preset": "recommended", "width": 96, "heads": 3}])
 def test_parts_add_up_to_the_step(shape: dict[str, Any]) -> None:
     step = train_step.OurStep(small("synthetic", **shape), torch.device("cpu"))
