@@ -181,7 +181,7 @@ def write_answer(trial: Trial, answer: Answer, *, results: Path, out: Path | Non
             print(f"{trial}: {judge} found nothing: {reason}", file=sys.stderr, flush=True)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        pictures = sorted((logs.parent / "pictures").glob("*-0.png"))
+        pictures = sorted((logs.parent / "pictures").glob("*.png"))
         for path in (results, curves_of(results), *pictures):
             if path.is_file():
                 shutil.copyfile(path, out / path.name)

@@ -16,6 +16,7 @@ from benchmarks.quality.tables import (
     KL,
     attention_table,
     cost_table,
+    depth_table,
     difference,
     long_table,
     noise,
@@ -62,6 +63,7 @@ def write_report(rows: Sequence[Row], curves: Sequence[Row], docs: Path = DOCS) 
         "positions": _positions(rows, budgets[0], pictures) + "".join(_long(rows, budget) for budget in budgets),
         "zero_shot": _of_budgets(zero_shot_table, rows, budgets),
         "attention": _of_budgets(attention_table, rows, budgets),
+        "depth": _of_budgets(depth_table, rows, budgets),
         "maps": _maps(rows, pictures),
         "costs": "".join(_costs(rows, budget) for budget in budgets),
         "devices": ", ".join(sorted({str(row["device"]) for row in measured})),
@@ -189,8 +191,11 @@ def _of_budgets(of: Callable[[Sequence[Row], str], list[Row]], rows: Sequence[Ro
 def _maps(rows: Sequence[Row], pictures: Path) -> str:
     """Pictures of maps that the runner left, beside the other pictures, of arms that have such a figure."""
     arms = dict.fromkeys(row["arm"] for row in rows if "attention" in row)
-    there = [arm for arm in arms if (pictures / f"attention-{arm}-0.png").is_file()]
-    return "".join(f"\n`{arm}`:\n\n![Maps of {arm}]({pictures.name}/attention-{arm}-0.png)\n" for arm in there)
+    text = ""
+    for arm in arms:
+        for picture in sorted(pictures.glob(f"attention-{arm}-[0-9]*.png"))[:1]:  # of the first seed that was asked
+            text += f"\n`{arm}`:\n\n![Maps of {arm}]({pictures.name}/{picture.name})\n"
+    return text
 
 
 def _costs(rows: Sequence[Row], budget: str) -> str:

@@ -183,6 +183,37 @@ def attention_table(rows: Sequence[Row], budget: str) -> list[Row]:
     return sorted(lines, key=lambda line: float(line["student"]))
 
 
+def depth_table(rows: Sequence[Row], budget: str) -> list[Row]:
+    """The same by depth, the first key block included: every arm's student (a "-" where no block of it has maps), then
+    fresh weights, once for arms that have the same, and what depends on the teacher alone."""
+    asked = {
+        name: [row["attention"]["depth"] for row in own if "attention" in row]
+        for name, own in of_budget(rows, budget).items()
+    }
+
+    def line(name: str, whose: str, found: Sequence[Sequence[Row]]) -> Row:
+        told: Row = {"attention of": name}
+        for groups in zip(*found, strict=True):
+            distances = [group["keep"]["jensen_shannon"].get(whose) for group in groups]
+            title = f"{groups[0]['from']:.0%} to {groups[0]['to']:.0%}"
+            told[title] = "-" if None in distances else f"{mean(distances):.3f}"
+        return told
+
+    asked = {name: found for name, found in asked.items() if found}
+    lines = [line(name, "student", found) for name, found in asked.items()]
+    fresh: list[Row] = []
+    for name, found in asked.items():
+        of_arm = line(f"{name}, untrained", "untrained", found)
+        if list(of_arm.values())[1:] not in [list(known.values())[1:] for known in fresh]:
+            fresh.append(of_arm)
+    others = [
+        line(whose.replace("_", " "), whose, found)
+        for found in list(asked.values())[:1]
+        for whose in ATTENTION_COLUMNS[2:]
+    ]
+    return [*lines, *fresh, *others]
+
+
 def teacher_row(rows: Sequence[Row], budget: str) -> Row | None:
     """The teacher's own figures on the texts that a budget is judged by."""
     wanted = "small" if budget == "small" else TEACHER

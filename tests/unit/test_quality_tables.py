@@ -14,6 +14,7 @@ from benchmarks.quality.tables import (
     KL,
     Spread,
     cost_table,
+    depth_table,
     difference,
     long_table,
     noise,
@@ -111,13 +112,40 @@ def test_a_page_tells_of_further_judges(tmp_path: Path) -> None:
     whose = ("student", "untrained", "mean_teacher_map", "recency", "uniform")
     mean = {sinks: {"jensen_shannon": dict.fromkeys(whose, 0.25)} for sinks in ("keep", "drop")}
     answers = {"piqa": {"measure": "acc", "acc": 0.625}}
-    judged = {"zero_shot": {"tasks": answers, "teacher": answers, "chance": {"piqa": 0.5}}, "attention": {"mean": mean}}
+    depth = [{"from": 0.0, "to": 0.5, **mean}, {"from": 0.5, "to": 1.0, **mean}]
+    judged = {
+        "zero_shot": {"tasks": answers, "teacher": answers, "chance": {"piqa": 0.5}},
+        "attention": {"mean": mean, "depth": depth},
+    }
     plain = write_report([TEACHER, *ROWS], [], tmp_path).read_text()
-    assert plain.count("Nothing was measured yet.") == 2
+    assert plain.count("Nothing was measured yet.") == 3
     (tmp_path / "results" / f"attention-{ROWS[0]['arm']}-0.png").write_bytes(b"a picture")
     text = write_report([TEACHER, {**ROWS[0], **judged}, *ROWS[1:]], [], tmp_path).read_text()
     assert "62.5" in text and "50.0" in text and "0.2500" in text and "Nothing was measured yet." not in text
-    assert f"results/attention-{ROWS[0]['arm']}-0.png" in text
+    assert f"results/attention-{ROWS[0]['arm']}-0.png" in text and "| ce, untrained | 0.250 | 0.250 |" in text
+
+
+def test_attention_by_depth_has_baselines_once() -> None:
+    """Fresh weights are those of a shape; a student without maps in a depth group has no figure there."""
+
+    def judged(arm: str, student: list[float | None], untrained: float) -> Row:
+        others = {"untrained": untrained, "mean_teacher_map": 0.1, "recency": 0.2, "uniform": 0.3}
+        groups = [others if value is None else {"student": value, **others} for value in student]
+        depth = [
+            {"from": i / len(groups), "to": (i + 1) / len(groups), "keep": {"jensen_shannon": group}}
+            for i, group in enumerate(groups)
+        ]
+        return row(arm, 0, 1.0, ["signal"], attention={"depth": depth})
+
+    lines = depth_table(
+        [judged("a", [None, 0.5], 0.4), judged("b", [0.6, 0.7], 0.4), judged("c", [0.8, 0.9], 0.45)], "screen"
+    )
+    assert [list(line.values()) for line in lines] == [
+        ["a", "-", "0.500"], ["b", "0.600", "0.700"], ["c", "0.800", "0.900"],
+        ["a, untrained", "0.400", "0.400"], ["c, untrained", "0.450", "0.450"],
+        ["mean teacher map", "0.100", "0.100"], ["recency", "0.200", "0.200"], ["uniform", "0.300", "0.300"],
+    ]  # fmt: skip
+    assert list(lines[0])[1:] == ["0% to 50%", "50% to 100%"]
 
 
 def test_a_verdict_needs_more_than_twice_the_noise() -> None:
