@@ -11,7 +11,7 @@
     phase: true                    # only what others begin from: in no table, trained when one of them needs it
     long: true                     # evaluated on the longer held-out rows of `LONG_CACHE` too
     teacher_in_loop: false         # the KL over the whole vocabulary from the teacher itself
-    budget: headline               # worth the long training too
+    budget: both                   # worth the long training too; headline: that one alone
 
 Only `question` is needed; a phase has none.
 """
@@ -221,8 +221,8 @@ def load_arm(path: Path, later: tuple[str, ...] = ()) -> Arm:
     cache, budget = values.get("cache", HELDOUT_CACHE), values.get("budget", "screen")
     if not (DUMPS / f"{cache}.yaml").is_file():
         raise UserError(f"{path}: cache {cache!r} is no file of {DUMPS}")
-    if budget not in ("screen", "headline"):
-        raise UserError(f"{path}: budget {budget!r} must be screen or headline")
+    if budget not in ("screen", "headline", "both"):
+        raise UserError(f"{path}: budget {budget!r} must be screen, headline or both")
     config = _names(values.get("config"), path, "config", [file.name for file in STUDENTS.glob("*.yaml")])
     start = values.get("start")
     before = _arm_before(path, start, (path.stem, *later))
@@ -283,7 +283,7 @@ def chosen(arms: dict[str, Arm], names: Iterable[str] | None, question: str | No
             )
         return [arms[name] for name in dict.fromkeys(names)]  # in the order that was asked for
     own = [arm for arm in arms.values() if not arm.phase]
-    found = [arm for arm in own if budget.name != "headline" or arm.budget == "headline"]
+    found = [arm for arm in own if budget.name not in ("screen", "headline") or arm.budget in (budget.name, "both")]
     if question is None:
         return found
     if question not in QUESTIONS:

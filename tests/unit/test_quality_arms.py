@@ -63,7 +63,7 @@ def test_the_arm_named_recommended_is_the_preset(capsys: pytest.CaptureFixture[s
         with pytest.raises(SystemExit):
             train([*words, "--print_config"])
         found.append(yaml.safe_load(capsys.readouterr().out))
-    assert ARMS["recommended"].budget == "headline"
+    assert ARMS["recommended"].budget == "both"
     for parsed in found:
         parsed["data"].pop("seed")
         parsed["model"].pop("graphs")  # the runner's own option: it changes times only
@@ -218,9 +218,11 @@ def test_choosing() -> None:
     assert [arm.name for arm in chosen(ARMS, ["tail-k8", "ce"], None, screen)] == ["tail-k8", "ce"]
     of_k = [arm.name for arm in chosen(ARMS, None, "k", screen)]
     assert of_k[0] == "mix-0.9" and set(of_k) == {"mix-0.9", *(f"tail-k{k}" for k in (8, 16, 32, 64))}
-    assert {arm.budget for arm in chosen(ARMS, None, None, headline)} == {"headline"}
+    assert {arm.budget for arm in chosen(ARMS, None, None, headline)} == {"headline", "both"}
+    long_only = {name for name, arm in ARMS.items() if arm.budget == "headline"}
     phases = {name for name, arm in ARMS.items() if arm.phase}
-    assert phases and {arm.name for arm in chosen(ARMS, None, None, screen)} == ARMS.keys() - phases
+    assert phases and {arm.name for arm in chosen(ARMS, None, None, screen)} == ARMS.keys() - phases - long_only
+    assert {arm.name for arm in chosen(ARMS, None, None, BUDGETS["small"])} == ARMS.keys() - phases
     assert phases.isdisjoint(arm.name for arm in chosen(ARMS, None, "start", screen))
     with pytest.raises(UserError, match="--arms start-aligned-first: a phase is trained when"):
         chosen(ARMS, ["ce", "start-aligned-first"], None, screen)
