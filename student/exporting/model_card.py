@@ -20,16 +20,15 @@ from pipeline.commit import read_json, read_text
 from pipeline.errors import UserError
 from pipeline.licences import Licence, licence_of, licence_of_all
 from pipeline.markdown import code, front_matter, plain, table
-from pipeline.report.sources import read_evaluation
 from pipeline.schema import HELDOUT_UNIT
 from pipeline.teacher_folder import TeacherFacts, TeacherFolder
 from student.exporting.huggingface.configuration_distil_xlstm import DistilXLSTMConfig
+from student.exporting.measured import Measured, read_figures, section
 from student.runs.checkpoint import RunRecord, checkpoint_path
 from student.runs.identity import Teaching, require_same_teacher
 from student.runs.run_folder import ORIGIN
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-MEASURED = ("student", "teacher", "unigram")
 USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,8 +60,7 @@ class CardFacts:
         loss: the loss's settings; None where the run does not say.
         origin: the teacher's layers whose weights the blocks began with, and on how many tokens they were taught
             those layers' attention; None where they began with none.
-        evaluation: content of evaluation.json; None where there is none of this checkpoint.
-        no_evaluation: then a sentence that says why.
+        measured: evaluations and zero-shot tasks of this checkpoint.
         teacher_licence, corpus_licence: as far as known.
     """
 
@@ -79,8 +77,7 @@ class CardFacts:
     caches: list[tuple[dict[str, Any], int]]
     loss: dict[str, Any] | None
     origin: tuple[list[int], int] | None
-    evaluation: dict[str, Any] | None
-    no_evaluation: str
+    measured: Measured
     teacher_licence: Licence
     corpus_licence: Licence
 
@@ -129,9 +126,8 @@ class CardSource:
         """Everything the card tells.
 
         Raises:
-            UserError: evaluation.json is damaged, or an option names no licence.
+            UserError: a file of figures is damaged, or an option names no licence.
         """
-        evaluation, no_evaluation = self.measured()
         sources = list(dict.fromkeys(corpus_source(cache.manifest) for cache in self.caches))
         folders = [teacher.path, *(Path(cache.manifest.teacher_path) for cache in self.caches)]
         return CardFacts(
@@ -148,27 +144,10 @@ class CardSource:
             caches=[(data, rows) for _, data, rows in self.started_on],
             loss=_loss(self.run),
             origin=_origin(self.run, config.num_hidden_layers),
-            evaluation=evaluation,
-            no_evaluation=no_evaluation,
+            measured=read_figures(self.run, self.checkpoint),
             teacher_licence=licence_of(teacher.facts.name, folders, self.teacher_licence),
             corpus_licence=licence_of_all(sources, self.corpus_licence),
         )
-
-    def measured(self) -> tuple[dict[str, Any] | None, str]:
-        """The run's evaluation; None and a sentence where there is none of this checkpoint.
-
-        Raises:
-            UserError: evaluation.json is damaged.
-        """
-        path = self.run / "evaluation.json"
-        if not path.is_file():
-            return None, "Not measured yet: run `python -m student.evaluate`, then export again."
-        figures = read_evaluation(path)
-        if figures.get("checkpoint") != self.checkpoint:
-            return None, f"The run was evaluated with another checkpoint than `{Path(self.checkpoint).name}`."
-        if checkpoint_path(self.run, self.checkpoint).stat().st_mtime > path.stat().st_mtime:
-            return None, "The run went on after its evaluation: evaluate this checkpoint, then export again."
-        return figures, ""
 
 
 def _started_on(run: Path) -> list[tuple[str, dict[str, Any], int]]:
@@ -220,7 +199,7 @@ def model_card(facts: CardFacts) -> str:
         USE,
         _use_notes(facts),
         "## Measured\n",
-        _measured(facts),
+        section(facts.measured, facts.corpora),
         "## What it learnt from\n",
         _learnt(facts),
         "## Licences\n",
@@ -273,43 +252,6 @@ def _use_notes(facts: CardFacts) -> str:
         "fine-tuning work as usual; assisted generation does not, since a recurrent state cannot be taken back.\n"
         + trained
     )
-
-
-def _measured(facts: CardFacts) -> str:
-    figures = facts.evaluation
-    if figures is None:
-        return f"{facts.no_evaluation}\n"
-    rows = [
-        [name, *(_number(figures, f"{name}_{key}") for key in ("cross_entropy", "perplexity", "bits_per_byte"))]
-        for name in MEASURED
-    ]
-    known = [f"{figures[n]:,} {what}" for n, what in _COUNTS if isinstance(figures.get(n), int)]
-    other = [
-        f"{label}: {_number(figures, name)}"
-        for name, label in (
-            ("kl_k1", "KL over K + 1 outcomes to the teacher, nats (a lower bound of the full KL)"),
-            ("kl_full", "KL over the whole vocabulary, nats"),
-            ("top1_agreement", "positions whose likeliest token is the teacher's, as a share"),
-        )
-        if name in figures
-    ]
-    corpus = f" from {', '.join(map(code, facts.corpora))}" if facts.corpora else ""
-    return (
-        f"On held-out text{corpus} ({', '.join(known)}; cache {code(str(figures.get('data_id', ''))[:32])}), which no "
-        "training row contains. Cross-entropy in nats a token; measured with the student itself, before export.\n\n"
-        + table(["", "cross-entropy", "perplexity", "bits per byte"], rows)
-        + "".join(f"\n- {line}" for line in other)
-        + (f"\n- unigram: {plain(figures['unigram'])}" if isinstance(figures.get("unigram"), str) else "")
-        + "\n"
-    )
-
-
-_COUNTS = (("rows", "rows"), ("targets", "tokens"), ("target_bytes", "bytes"))
-
-
-def _number(figures: dict[str, Any], name: str) -> str:
-    value = figures.get(name)
-    return f"{value:,.4f}" if isinstance(value, int | float) else "not measured"
 
 
 def _learnt(facts: CardFacts) -> str:

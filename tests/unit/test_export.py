@@ -170,6 +170,28 @@ def test_the_card_tells_what_was_measured(folder: Path, run: Path) -> None:
         assert words in text, words
 
 
+def test_the_card_tells_of_further_evaluations_and_of_zero_shot_tasks(run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run, tmp_path / "run"))
+    figures = {**read_json(run / "evaluation.json"), "student_perplexity": 1234.5, "kl_full": 0.25}
+    commit_json(run / "evaluation-novels.json", figures)
+    found = {"acc": 0.625, "acc_stderr": 0.015, "acc_norm": 0.5, "acc_norm_stderr": 0.016}
+    model = {"source": "x", "checkpoint": "last", "tasks": {"piqa": found}}
+    task = {"documents": 1000, "chance": 0.5, "measure": "acc"}
+    content = {"limit": 1000, "package": "tasks==1", "tasks": {"piqa": task}, "models": {"student": model}}
+    commit_json(run / "zero_shot.json", content)
+    _, text = card_of(export(ExportOptions(run, tmp_path / "out")).folder)
+    assert text.count("which no training row contains") == 1 and text.count("\n| student |") == 2
+    assert "1,234.5000" in text and "evaluation `novels`" in text and "over the whole vocabulary, nats: 0.2500" in text
+    assert "| piqa | acc | 1,000 | 62.5 ± 1.5 | 50.0 |" in text
+    (run / "evaluation.json").unlink()
+    commit_json(run / "zero_shot.json", {**content, "models": {"student": {**model, "checkpoint": "best"}}})
+    _, text = card_of(export(ExportOptions(run, tmp_path / "out")).folder)
+    assert "Not measured yet" not in text and "evaluation `novels`" in text and "piqa" not in text
+    (run / "evaluation-novels.json").write_text("{")
+    with pytest.raises(UserError, match=r"evaluation-novels\.json"):
+        export(ExportOptions(run, tmp_path / "out"))
+
+
 def test_tied_weights_are_stored_once_and_bfloat16_takes_half(tmp_path: Path) -> None:
     run = write_toy_run(tmp_path, StudentConfig(blocks=2, heads=4, final_norm="teacher"))
     sizes = {}
