@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from dataclasses import replace
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -39,8 +39,7 @@ from benchmarks.quality.caches import Dumps, needs
 from benchmarks.quality.judges import DATA, JUDGES
 from benchmarks.quality.pool import Answer, Clock, Pool, known_seconds
 from benchmarks.quality.results import QUALITY, RowFile, curves_of, key_of
-from benchmarks.quality.tables import KL as KL_TO_TEACHER
-from benchmarks.quality.tables import cost_table, long_table, noise, question_table, teacher_row
+from benchmarks.quality.tables import cost_table, long_table, question_table, teacher_row, verdicts
 from benchmarks.quality.trial import Trial
 from pipeline.errors import UserError, run_command
 from student.evaluation.zero_shot_tasks import prepare
@@ -83,7 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     if given.report:
         from benchmarks.quality.report import write_report
 
-        print(f"written: {write_report(RowFile(results).read(), RowFile(curves_of(results)).read())}")
+        rows = with_questions(RowFile(results).read(), load_arms())
+        print(f"written: {write_report(rows, RowFile(curves_of(results)).read())}")
         return 0
     if given.merge:
         for path in given.merge:
@@ -95,31 +95,43 @@ def main(arguments: list[str] | None = None) -> int:
         results = given.scratch / QUALITY.name
     arms = chosen(load_arms(), given.arms, given.question, budget)
     seeds = given.seeds or list(budget.seeds)
+    judges = {seed: tuple(given.judges) for seed in given.judged_seeds or seeds}
     how = {"keep": given.keep_runs, "graphs": given.graphs}
-    missing = trials_of(arms, seeds, budget, RowFile(results).read(), given.scratch, **how)
-    judged = given.judged_seeds or seeds
-    missing = [replace(trial, judges=tuple(given.judges)) if trial.seed in judged else trial for trial in missing]
+    missing = trials_of(arms, seeds, budget, RowFile(results).read(), given.scratch, judges, **how)
     print(f"{len(arms) * len(seeds)} trials of {budget.name}, {len(missing)} without figures", flush=True)
     if given.list:
         print("\n".join(map(str, missing)))
         return 0
     if missing:
         run(missing, results, given)
-    show(RowFile(results).read(), budget.name)
+    show(with_questions(RowFile(results).read(), load_arms()), budget.name)
     return 0
 
 
 def trials_of(
-    arms: list[Arm], seeds: list[int], budget: Budget, rows: list[Row], scratch: Path, **how: Any
+    arms: list[Arm],
+    seeds: list[int],
+    budget: Budget,
+    rows: list[Row],
+    scratch: Path,
+    judges: Mapping[int, tuple[str, ...]] | None = None,
+    **how: Any,
 ) -> list[Trial]:
-    """Those that have no figures, or figures of other settings than the manifests' now; the first seeds first.
+    """Those that have no figures, figures of other settings than the manifests' now, or none of a judge that is asked;
+    the first seeds first.
 
     Args:
+        judges: by seed, those that are asked.
         how: further fields of `Trial`.
     """
-    asked = {arm.name: arm for arm in arms}
+    asked, judges = {arm.name: arm for arm in arms}, judges or {}
     own = [row for row in rows if row["budget"] == budget.name and "error" not in row]
-    done = {key_of(row) for row in own if is_current(row, asked.get(row["arm"]), budget)}
+    done = {
+        key_of(row)
+        for row in own
+        if is_current(row, asked.get(row["arm"]), budget)
+        and all(judge in row or judge in row.get("unjudged", {}) for judge in judges.get(row["seed"], ()))
+    }
     caches = scratch / "caches" / budget.name
     trials = [
         Trial(
@@ -130,12 +142,18 @@ def trials_of(
             caches / HELDOUT_CACHE,
             caches / OTHER_CACHE,
             scratch / "runs" / f"{budget.name}-{arm.name}-{seed}",
+            judges=judges.get(seed, ()),
             **how,
         )  # fmt: skip
         for seed in seeds
         for arm in arms
     ]
     return [trial for trial in trials if trial.key not in done]
+
+
+def with_questions(rows: list[Row], arms: Mapping[str, Arm]) -> list[Row]:
+    """Rows with the questions that their arms' manifests ask now; they may have been measured under others."""
+    return [{**row, "question": list(arms[row["arm"]].question)} if row["arm"] in arms else row for row in rows]
 
 
 def run(trials: list[Trial], results: Path, given: argparse.Namespace) -> None:
@@ -167,7 +185,7 @@ def write_answer(trial: Trial, answer: Answer, *, results: Path, out: Path | Non
         failed = {"arm": name, "seed": seed, "budget": budget, "error": answer["error"]}
         RowFile(results).add([{**failed, "date": datetime.now(UTC).date().isoformat()}])
     else:
-        row = {**answer["row"], "workers": workers}
+        row = {**answer["row"], "workers": workers, "gpus": max(1, torch.cuda.device_count()), "graphs": trial.graphs}
         RowFile(results).add([answer["teacher"], row])
         RowFile(curves_of(results)).add([answer["curve"]] if "curve" in answer else [])
         took = "  ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["seconds"].items())
@@ -207,9 +225,8 @@ def show(rows: list[Row], budget: str) -> None:
         lines = question_table(rows, budget, name)
         if lines:
             print(f"\n{question.title} ({name}, {budget})\n{table(lines)}")
-    spread = noise(rows, budget, KL_TO_TEACHER)
-    if spread is not None:
-        print(f"\none seed's difference in KL between two arms has a standard deviation of {spread:.4f}")
+            if said := verdicts(rows, budget, name):
+                print(said)
     longer = long_table(rows, budget)
     if longer:
         print(f"\nheld-out text in longer rows\n{table(longer)}")

@@ -36,6 +36,7 @@ DUMPS = Path("manifests/dumps")
 BASE = "experiment.yaml"
 HELDOUT_CACHE, OTHER_CACHE = "experiment", "experiment-other"
 """Dumps whose held-out rows every arm is judged by: text of the kind that was trained on, and of another."""
+UNFROZEN = ("model.student.train_embedding", "model.student.train_head")
 LONG_CACHE = "experiment-long"
 """The text of `HELDOUT_CACHE` in longer rows, which arms with `long` are judged by as well."""
 
@@ -56,12 +57,15 @@ QUESTIONS = {
     "recommended": Question("What is the recommended student worth?", "recommended-ce"),
     "signal": Question("What of the teacher helps?", "ce"),
     "mix": Question("How much of the loss should be KL?", "delta"),
-    "divergence": Question("Which KL, and what does a cache lose?", "mix-0.9"),
+    "divergence": Question("Which KL, and what does a cache lose against a teacher in memory?", "online"),
     "k": Question("How many ids does a cache need?", "mix-0.9"),
     "attention": Question("Does aligning pooled attention help?", "delta"),
+    "maps": Question("Does it help a student that begins as its teacher?", "start-aligned-fast"),
     "frobenius": Question("Does the Frobenius term help, and how finely must hidden states be stored?", "delta"),
-    "start": Question("Does a start from the teacher's own weights help?", "mix-0.9"),
-    "near": Question("What does a cache lose where the student is near its teacher?", "start-aligned-fast"),
+    "start": Question("Does a start from the teacher's own weights help?", "start-aligned"),
+    "aligned": Question("Which training from the aligned start?", "start-aligned-fast"),
+    "near": Question("What does a cache lose where the student is near its teacher?", "start-aligned-online"),
+    "late": Question("What helps late?", "start-aligned-short"),
     "unfreeze": Question("Does training the teacher's head and embedding too help?", "start-aligned"),
 }
 
@@ -156,6 +160,10 @@ class Arm:
         options = {**self._student_files(), **self.overrides}
         return {name: value for name, value in options.items() if name.startswith("model.student.")}
 
+    def frozen_shape(self) -> dict[str, Any]:
+        """The same without which of the teacher's embedding and head are trained: a later phase may begin to."""
+        return {name: value for name, value in self.shape().items() if name not in UNFROZEN}
+
     def _student_files(self) -> dict[str, Any]:
         files = [flatten(_read(path)) for path in self.config_files()]
         return {key: value for options in files for key, value in options.items()}
@@ -229,8 +237,8 @@ def load_arm(path: Path, later: tuple[str, ...] = ()) -> Arm:
     arm = Arm(path.stem, about, question, cache, config, values.get("overrides", {}), start,
               values.get("teacher_in_loop", False), budget, _share(path, values), phase, values.get("long", False),
               before)  # fmt: skip
-    if before is not None and before.shape() != arm.shape():
-        a, b = arm.shape(), before.shape()
+    if before is not None and before.frozen_shape() != arm.frozen_shape():
+        a, b = arm.frozen_shape(), before.frozen_shape()
         told = [f"{name} is {a.get(name)}, there {b.get(name)}" for name in {**a, **b} if a.get(name) != b.get(name)]
         raise UserError(f"{path}: start.arm {before.name} trains another student: {'; '.join(told)}")
     return arm

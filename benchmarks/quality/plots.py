@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import mean
 
@@ -17,13 +16,13 @@ COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, GREY)
 WIDTH = 8.0
 
 
-def kl_by_arm(arms: dict[str, list[Row]], reference: str, noise: float | None) -> bytes:
-    """The KL to the teacher of every arm: a dot a seed, a line at their mean; the reference's mean with twice its noise
-    as a band.
+def kl_by_arm(arms: dict[str, list[Row]], reference: str, band: float | None) -> bytes:
+    """The KL to the teacher of every arm: a dot a seed, a line at their mean; around the reference's mean a band,
+    within which others are not told apart from it.
 
     Args:
         arms: rows by arm, in the order in which they are shown from top to bottom.
-        noise: standard deviation of one seed's difference to the reference; None: no band.
+        band: half of its width; None: none.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.9 + 0.3 * len(arms)), layout="constrained")
@@ -31,9 +30,8 @@ def kl_by_arm(arms: dict[str, list[Row]], reference: str, noise: float | None) -
         if reference in arms:
             middle = mean(map(KL, arms[reference]))
             ax.axvline(middle, color=GREY, linewidth=1)
-            if noise is not None:
-                width = 2 * noise / math.sqrt(len(arms[reference]))
-                ax.axvspan(middle - width, middle + width, color=GREY, alpha=0.15, linewidth=0)
+            if band is not None:
+                ax.axvspan(middle - band, middle + band, color=GREY, alpha=0.15, linewidth=0)
         for place, (name, own) in enumerate(arms.items()):
             colour = GREY if name == reference else BLUE
             values = [KL(row) for row in own]

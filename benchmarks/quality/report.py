@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from string import Template
 
@@ -17,13 +17,14 @@ from benchmarks.quality.tables import (
     attention_table,
     cost_table,
     depth_table,
-    difference,
     long_table,
     noise,
     of_budget,
     of_question,
+    position_table,
     question_table,
     teacher_row,
+    verdicts,
     zero_shot_table,
 )
 from pipeline.commit import commit_bytes
@@ -34,9 +35,9 @@ DOCS = Path("docs")
 TEMPLATE = Path(__file__).with_name("results_template.md")
 SHOWN = ("headline", "screen")
 """Budgets that the page tells of, the weightier first."""
+MAPS = "attention-"
+"""How the names of maps' pictures begin, which the runner makes and a user puts beside the page."""
 NOT_YET = "\nNothing was measured yet.\n"
-SURE = 2.0
-"""A difference is told as one if it is so many times its own noise."""
 
 
 def write_report(rows: Sequence[Row], curves: Sequence[Row], docs: Path = DOCS) -> Path:
@@ -59,17 +60,23 @@ def write_report(rows: Sequence[Row], curves: Sequence[Row], docs: Path = DOCS) 
         "other": f"{students[0]['other']['targets']:,}",
         "outdated": " ".join(_outdated(rows, budget) for budget in budgets),
         "noise": " ".join(_noise(rows, budget) for budget in budgets),
+        "short": _in_short(rows, budgets),
         "questions": "".join(_question(rows, curves, name, budgets, pictures) for name in QUESTIONS),
         "positions": _positions(rows, budgets[0], pictures) + "".join(_long(rows, budget) for budget in budgets),
         "zero_shot": _of_budgets(zero_shot_table, rows, budgets),
         "attention": _of_budgets(attention_table, rows, budgets),
-        "depth": _of_budgets(depth_table, rows, budgets),
+        "depth": _of_budgets(partial(depth_table, sinks="keep"), rows, budgets),
+        "depth_no_sink": _of_budgets(partial(depth_table, sinks="drop"), rows, budgets),
         "maps": _maps(rows, pictures),
         "costs": "".join(_costs(rows, budget) for budget in budgets),
         "devices": ", ".join(sorted({str(row["device"]) for row in measured})),
     }
     page = docs / "results.md"
-    commit_bytes(page, Template(TEMPLATE.read_text(encoding="utf-8")).substitute(parts).encode())
+    text = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(parts)
+    commit_bytes(page, text.encode())
+    for picture in pictures.glob("*.png"):  # of an earlier page
+        if f"{pictures.name}/{picture.name}" not in text and not picture.name.startswith(MAPS):
+            picture.unlink()
     return page
 
 
@@ -108,36 +115,27 @@ def _outdated(rows: Sequence[Row], budget: str) -> str:
 
 
 def _noise(rows: Sequence[Row], budget: str) -> str:
-    spread = noise(rows, budget, KL), noise(rows, budget, CE)
-    if spread[0] is None or spread[1] is None:
-        return f"Of *{budget}* no two arms have two seeds in common: what their differences are worth is not known."
-    return (
-        f"In *{budget}* the difference between two arms of one seed has a standard deviation of {spread[0]:.4f} nats "
-        f"in KL and {spread[1]:.4f} in CE from seed to seed."
-    )
+    told = []
+    for name in QUESTIONS:
+        spread = noise(rows, budget, name, KL), noise(rows, budget, name, CE)
+        if spread[0] is not None and spread[1] is not None:
+            kl, ce, freedom = spread[0].deviation, spread[1].deviation, spread[0].freedom
+            told.append(f"{name} {kl:.4f} and {ce:.4f} ({freedom})")
+    if not told:
+        return (
+            f"Of *{budget}* no two arms of a question have two seeds in common: nothing is known of their differences."
+        )
+    return f"*{budget}*, by question, nats of KL and of CE (degrees of freedom): {'; '.join(told)}."
 
 
-def verdicts(rows: Sequence[Row], budget: str, question: str) -> str:
-    """Which arms of a question differ from its reference by more than noise, in a sentence or two."""
-    spread, asked = noise(rows, budget, KL), QUESTIONS[question]
-    arms = of_question(rows, budget, question)
-    reference = arms.pop(asked.reference, None)
-    if spread is None or reference is None:
-        return ""
-    told: dict[str, list[str]] = {"better": [], "worse": [], "same": []}
-    for name, own in arms.items():
-        found = difference(own, reference, KL)
-        if found is None:
-            continue
-        limit = SURE * spread / math.sqrt(found.seeds)
-        kind = "same" if abs(found.mean) <= limit else "better" if found.mean < 0 else "worse"
-        told[kind].append(f"`{name}` ({found.mean:+.4f})")
-    sentences = [
-        (told["better"], "Nearer to the teacher than `{}` by more than twice the noise: {}."),
-        (told["worse"], "Farther from it than `{}`: {}."),
-        (told["same"], "Not told apart from `{}`: {}."),
-    ]
-    return " ".join(text.format(asked.reference, ", ".join(names)) for names, text in sentences if names)
+def _in_short(rows: Sequence[Row], budgets: list[str]) -> str:
+    """The verdict of every question that has one, of the weightiest budget that gives it."""
+    lines = []
+    for name, asked in QUESTIONS.items():
+        said = next(((budget, text) for budget in budgets if (text := verdicts(rows, budget, name))), None)
+        if said is not None:
+            lines.append(f"- **{asked.title}** {said[1]} (*{said[0]}*)\n")
+    return "".join(lines) or NOT_YET.strip() + "\n"
 
 
 def _question(rows: Sequence[Row], curves: Sequence[Row], name: str, budgets: list[str], pictures: Path) -> str:
@@ -149,7 +147,9 @@ def _question(rows: Sequence[Row], curves: Sequence[Row], name: str, budgets: li
         arms = of_question(rows, budget, name)
         order = {line["arm"]: arms[line["arm"]] for line in lines}
         picture = pictures / f"{name}-{budget}.png"
-        commit_bytes(picture, kl_by_arm(order, QUESTIONS[name].reference, noise(rows, budget, KL)))
+        reference, spread = QUESTIONS[name].reference, noise(rows, budget, name, KL)
+        band = spread.limit(len(arms[reference])) if spread is not None and reference in arms else None
+        commit_bytes(picture, kl_by_arm(order, reference, band))
         text += f"\n### {budget.capitalize()}\n\n"
         said = verdicts(rows, budget, name)
         text += f"{said}\n\n" if said else ""
@@ -169,11 +169,13 @@ def _question(rows: Sequence[Row], curves: Sequence[Row], name: str, budgets: li
 
 def _positions(rows: Sequence[Row], budget: str, pictures: Path) -> str:
     # What is learned from nothing beside what begins as the teacher; each arm has a colour of its own.
-    arms = of_question(rows, budget, "start") | of_question(rows, budget, "signal") or of_budget(rows, budget)
+    arms = of_question(rows, budget, "recommended") | of_question(rows, budget, "signal") or of_budget(rows, budget)
     arms = dict(list(arms.items())[: len(COLOURS)])
+    teacher = teacher_row(rows, budget)
     picture = pictures / f"positions-{budget}.png"
-    commit_bytes(picture, positions(arms, teacher_row(rows, budget)))
-    return f"*{budget}*, held-out text.\n\n![Cross-entropy by position]({pictures.name}/{picture.name})\n"
+    commit_bytes(picture, positions(arms, teacher))
+    told = _table(position_table(arms, teacher))
+    return f"*{budget}*, held-out text.\n\n![Cross-entropy by position]({pictures.name}/{picture.name})\n\n{told}\n"
 
 
 def _long(rows: Sequence[Row], budget: str) -> str:
@@ -193,14 +195,14 @@ def _maps(rows: Sequence[Row], pictures: Path) -> str:
     arms = dict.fromkeys(row["arm"] for row in rows if "attention" in row)
     text = ""
     for arm in arms:
-        for picture in sorted(pictures.glob(f"attention-{arm}-[0-9]*.png"))[:1]:  # of the first seed that was asked
+        for picture in sorted(pictures.glob(f"{MAPS}{arm}-[0-9]*.png"))[:1]:  # of the first seed that was asked
             text += f"\n`{arm}`:\n\n![Maps of {arm}]({pictures.name}/{picture.name})\n"
     return text
 
 
 def _costs(rows: Sequence[Row], budget: str) -> str:
     told = _table(cost_table(rows, budget))
-    return f"*{budget}*, seconds of each phase, several arms side by side on one GPU:\n\n{told}\n"
+    return f"*{budget}*, seconds of each phase; a line for each way it was run:\n\n{told}\n"
 
 
 def _table(lines: Sequence[Row]) -> str:

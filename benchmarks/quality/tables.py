@@ -2,7 +2,7 @@
 
 A difference is taken seed by seed, since arms of one seed begin with the same weights and see the same batches in the
 same order, and averaged over the seeds that both have. What a difference of one seed is worth, `noise` says: the
-standard deviation of such differences, pooled over all arms of the budget that have several seeds.
+standard deviation of such differences, pooled over the arms of a question that have several seeds.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
+from typing import Any
 
 from benchmarks.measured import Row
 from benchmarks.quality.arms import QUESTIONS
@@ -27,6 +28,9 @@ def measure(text: str, name: str) -> Measure:
 KL = measure("heldout", "kl_full")
 """What arms are ordered by: nats per target between teacher and student over the whole vocabulary, on held-out text."""
 CE = measure("heldout", "ce")
+MOST_T = 13
+STUDENT_T = dict(enumerate((12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16), start=1))
+"""Two-sided 95% quantiles of Student's distribution by degrees of freedom; the last one for more of them."""
 LONG_BINS = 3
 """Of the bins of positions in longer rows, so many of the last are told: from 256, 512 and 1,024 on in 2,048 tokens."""
 
@@ -70,34 +74,40 @@ def difference(arm: Sequence[Row], reference: Sequence[Row], what: Measure) -> S
     return Spread.of(values) if values else None
 
 
-def noise(rows: Sequence[Row], budget: str, what: Measure) -> float | None:
-    """Standard deviation of one seed's difference between two arms, pooled over all arms and their tables' references;
-    None where no two arms share two seeds."""
-    arms = of_budget(rows, budget)
-    squares, freedom = 0.0, 0
-    for question, asked in QUESTIONS.items():
-        reference = arms.get(asked.reference, [])
-        for name, own in arms.items():
-            if name == asked.reference or question not in own[0]["question"]:
-                continue
-            found = difference(own, reference, what)
-            if found is not None and found.deviation is not None:
-                squares += found.deviation**2 * (found.seeds - 1)
-                freedom += found.seeds - 1
-    return math.sqrt(squares / freedom) if freedom else None
+@dataclass(frozen=True)
+class Noise:
+    """Standard deviation of one seed's difference between two arms, and on how many degrees of freedom it is known."""
+
+    deviation: float
+    freedom: int
+
+    def limit(self, seeds: int) -> float:
+        """What the mean difference of so many seeds must exceed to be one: half of a 95% interval around nothing."""
+        return STUDENT_T.get(self.freedom, STUDENT_T[MOST_T]) * self.deviation / math.sqrt(seeds)
+
+
+def noise(rows: Sequence[Row], budget: str, question: str, what: Measure) -> Noise | None:
+    """Pooled over the arms of a question, each against the reference; None where no arm shares two seeds with it."""
+    arms, name = of_question(rows, budget, question), QUESTIONS[question].reference
+    reference = arms.pop(name, [])
+    found = [spread for own in arms.values() if (spread := difference(own, reference, what)) is not None]
+    known = [(spread.deviation, spread.seeds - 1) for spread in found if spread.deviation is not None]
+    freedom = sum(n for _, n in known)
+    return Noise(math.sqrt(sum(s**2 * n for s, n in known) / freedom), freedom) if freedom else None
 
 
 def question_table(rows: Sequence[Row], budget: str, question: str) -> list[Row]:
-    """A row for each arm of a question, the reference first, then by the KL to the teacher; empty without figures."""
+    """A row for each arm of a question, the reference first, then by the KL to the teacher; empty for less than two."""
     own, reference = of_question(rows, budget, question), QUESTIONS[question].reference
-    if not own.keys() - {reference}:
+    if len(own) < 2:
         return []
     order = sorted(own, key=lambda name: (name != reference, mean(map(KL, own[name]))))
     return [_line(name, own[name], own.get(reference, []), name == reference) for name in order]
 
 
 def _line(name: str, own: Sequence[Row], reference: Sequence[Row], is_reference: bool) -> Row:
-    line: Row = {"arm": name, "seeds": len(own)}
+    line: Row = {"arm": name, "seeds": len(own), "trained": f"{own[0]['trainable_parameters'] / 1e6:.1f} M"}
+    line["tokens"] = tokens_text(own[0])
     for title, what in (("KL", KL), ("CE", CE)):
         found = None if is_reference else difference(own, reference, what)
         line[title] = Spread.of([what(row) for row in own]).text()
@@ -110,18 +120,65 @@ def _line(name: str, own: Sequence[Row], reference: Sequence[Row], is_reference:
     return line
 
 
+def verdicts(rows: Sequence[Row], budget: str, question: str) -> str:
+    """Which arms of a question differ from its reference by more than noise, in KL and in CE, a sentence each; empty
+    where no arm has two seeds."""
+    asked, arms = QUESTIONS[question], of_question(rows, budget, question)
+    reference = arms.pop(asked.reference, None)
+    sentences = []
+    for title, what in (("KL to the teacher", KL), ("Cross-entropy", CE)):
+        spread = noise(rows, budget, question, what)
+        if spread is None or reference is None:
+            continue
+        told: dict[str, list[str]] = {"lower": [], "higher": [], "not told apart": []}
+        for name, own in arms.items():
+            found = difference(own, reference, what)
+            if found is not None:
+                same = abs(found.mean) <= spread.limit(found.seeds)
+                kind = "not told apart" if same else "lower" if found.mean < 0 else "higher"
+                told[kind].append(f"`{name}` ({found.mean:+.4f})")
+        parts = [f"{kind} with {', '.join(names)}" for kind, names in told.items() if names]
+        sentences.append(f"{title}, against `{asked.reference}`: {'; '.join(parts)}.")
+    return " ".join(sentences)
+
+
+def tokens_text(row: Row) -> str:
+    """Millions of tokens that a student was trained on, over all phases, and of the transfer of attention before."""
+    trained, aligned = row["tokens"] + row.get("tokens_before", 0), row.get("align_tokens", 0)
+    return f"{trained / 1e6:.1f} M" + (f" + {aligned / 1e6:.1f} M" if aligned else "")
+
+
 def cost_table(rows: Sequence[Row], budget: str) -> list[Row]:
-    """Seconds of each phase, speed, memory and what a token takes in the cache by arm, means over seeds."""
+    """Seconds of each phase, speed, memory and what a token takes in the cache, means over an arm's seeds that were run
+    alike: on such a GPU, with as many others beside it, with CUDA graphs or without."""
     phases = ("start", "prepare", "train", "save", "evaluate", "total")
-    lines = []
+    alike: dict[tuple[Any, ...], list[Row]] = {}
     for name, own in of_budget(rows, budget).items():
-        line: Row = {"arm": name, "seeds": len(own)}
+        for row in own:
+            workers = row["workers"] / row.get("gpus", 1) if "workers" in row else None
+            alike.setdefault((name, row.get("device"), workers, row.get("graphs")), []).append(row)
+    lines = []
+    for (name, device, workers, graphs), own in alike.items():
+        line: Row = {"arm": name, "seeds": len(own), "on": str(device).removeprefix("NVIDIA ").split(" ")[0]}
+        line |= {"at once": "-" if workers is None else f"{workers:g}"}
+        line |= {"graphs": {None: "-", True: "yes", False: "no"}[graphs]}
         line |= {phase: round(mean(row["seconds"].get(phase, 0.0) for row in own), 1) for phase in phases}
         line |= {"tokens/s": round(mean(row["tokens_per_s"] for row in own))}
         line |= {"peak GB": round(max(row["peak_gb"] for row in own), 1)}
         stored = [row["cache_bytes"] for row in own if "cache_bytes" in row]  # rows of before did not say
         lines.append({**line, "cache B/token": round(mean(stored), 1) if stored else "-"})
     return lines
+
+
+def position_table(arms: dict[str, list[Row]], teacher: Row | None) -> list[Row]:
+    """Cross-entropy by how many tokens were read before, means over seeds, and the teacher's."""
+
+    def line(name: str, own: Sequence[Row]) -> Row:
+        bins = zip(*(row["by_position"] for row in own), strict=True)
+        return {"arm": name} | {f"{bin_S[0][0]:,}": f"{mean(place[1] for place in bin_S):.3f}" for bin_S in bins}
+
+    lines = [line(name, own) for name, own in arms.items()]
+    return [*lines, *([line(TEACHER, [teacher])] if teacher is not None else [])]
 
 
 def long_table(rows: Sequence[Row], budget: str) -> list[Row]:
@@ -183,9 +240,9 @@ def attention_table(rows: Sequence[Row], budget: str) -> list[Row]:
     return sorted(lines, key=lambda line: float(line["student"]))
 
 
-def depth_table(rows: Sequence[Row], budget: str) -> list[Row]:
-    """The same by depth, the first key block included: every arm's student (a "-" where no block of it has maps), then
-    fresh weights, once for arms that have the same, and what depends on the teacher alone."""
+def depth_table(rows: Sequence[Row], budget: str, sinks: str = "keep") -> list[Row]:
+    """The same by depth, the first key block kept or dropped: every arm's student (a "-" where no block of it has
+    maps), then fresh weights, once for arms that have the same, and what depends on the teacher alone."""
     asked = {
         name: [row["attention"]["depth"] for row in own if "attention" in row]
         for name, own in of_budget(rows, budget).items()
@@ -194,7 +251,7 @@ def depth_table(rows: Sequence[Row], budget: str) -> list[Row]:
     def line(name: str, whose: str, found: Sequence[Sequence[Row]]) -> Row:
         told: Row = {"attention of": name}
         for groups in zip(*found, strict=True):
-            distances = [group["keep"]["jensen_shannon"].get(whose) for group in groups]
+            distances = [group[sinks]["jensen_shannon"].get(whose) for group in groups]
             title = f"{groups[0]['from']:.0%} to {groups[0]['to']:.0%}"
             told[title] = "-" if None in distances else f"{mean(distances):.3f}"
         return told

@@ -168,11 +168,11 @@ def test_a_wrong_manifest_is_told(tmp_path: Path, text: str, told: str) -> None:
 
 
 def test_a_question_needs_its_reference(tmp_path: Path) -> None:
-    (tmp_path / "tail-k8.yaml").write_text((EXPERIMENTS / "tail-k8.yaml").read_text())
+    (tmp_path / "tail-k16.yaml").write_text((EXPERIMENTS / "tail-k16.yaml").read_text())
     with pytest.raises(UserError, match="mix-0.9.yaml is missing"):
         load_arms(tmp_path)
     (tmp_path / "mix-0.9.yaml").write_text("# a\nphase: true\n")
-    with pytest.raises(UserError, match="mix-0.9.yaml: phase is true, but it is the reference of question divergence"):
+    with pytest.raises(UserError, match="mix-0.9.yaml: phase is true, but it is the reference of question k"):
         load_arms(tmp_path)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-from benchmarks.quality.__main__ import trials_of
+from benchmarks.measured import Row
+from benchmarks.quality.__main__ import trials_of, with_questions
 from benchmarks.quality.arms import BUDGETS, load_arms
 from benchmarks.quality.caches import Dumps
 from benchmarks.quality.pool import Clock, Pool, Worker, kind_of, known_seconds
@@ -41,6 +42,27 @@ def test_nothing_is_begun_that_would_not_end_in_time() -> None:
     clock = Clock(minutes=2.0, started=time.monotonic() - 60)
     clock.note("small", 90, first=False, start=50)
     assert clock.fits("small") and not clock.fits("small", makes_start=True)
+
+
+def test_a_trial_is_missing_until_its_judges_have_answered(tmp_path: Path) -> None:
+    arms, budget = load_arms(), BUDGETS["small"]
+    settings = {"settings": arms["ce"].settings(budget)}
+    row = {"arm": "ce", "seed": 0, "budget": "small", **settings}
+
+    def missing(*rows: Row) -> list[tuple[int, tuple[str, ...]]]:
+        asked = {0: ("attention",)}
+        return [(t.seed, t.judges) for t in trials_of([arms["ce"]], [0, 1], budget, list(rows), tmp_path, asked)]
+
+    assert missing() == [(0, ("attention",)), (1, ())]
+    assert missing(row, {**row, "seed": 1}) == [(0, ("attention",))]
+    assert missing({**row, "attention": {}}, {**row, "seed": 1}) == []
+    assert missing({**row, "unjudged": {"attention": "it has no maps"}}) == [(1, ())]
+
+
+def test_rows_follow_their_arms_to_other_questions() -> None:
+    arms = load_arms()
+    rows: list[Row] = [{"arm": "ce", "question": ["k"]}, {"arm": "gone", "question": ["k"]}]
+    assert [row["question"] for row in with_questions(rows, arms)] == [list(arms["ce"].question), ["k"]]
 
 
 def test_nobody_waits_for_what_another_one_makes(tmp_path: Path) -> None:
@@ -82,7 +104,7 @@ def test_what_would_not_end_in_time_is_in_nobodys_way(tmp_path: Path) -> None:
 def test_what_trials_took_is_known_for_the_device_the_budget_and_the_kind() -> None:
     """Students of one shape are of one kind, whatever loss they are trained with."""
     arms = load_arms()
-    row = {"arm": "ce", "budget": "screen", "device": "A", "seconds": {"total": 9.0, "start": 2.0}}
+    row: Row = {"arm": "ce", "budget": "screen", "device": "A", "seconds": {"total": 9.0, "start": 2.0}}
     other = [{**row, "device": "B"}, {**row, "budget": "headline"}, {**row, "arm": "gone"}]
     rows = [row, {**row, "arm": "delta"}, {**row, "arm": "recommended"}, *other, {"budget": "screen", "error": "x"}]
     known = known_seconds(rows, arms, "screen", "A")

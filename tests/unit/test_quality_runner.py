@@ -324,7 +324,7 @@ def test_the_command_takes_up_what_is_missing(scratch: Path, tmp_path: Path, cap
     assert rows.keys() == {"teacher", "ce", "sampled-k8", "delta", "online"}
     assert "no column `tail_ids`" in rows["sampled-k8"]["error"] and "no column `tail_ids`" in said.err
     assert "heldout" not in rows["sampled-k8"]
-    assert "Which KL, and what does a cache lose? (divergence, small)" in said.out and "4 without figures" in said.out
+    assert "What of the teacher helps? (signal, small)" in said.out and "4 without figures" in said.out
     assert (tmp_path / "out" / "quality.json").read_bytes() == (tmp_path / "quality.json").read_bytes()
     assert "no column `tail_ids`" in (tmp_path / "out" / "quality_logs.txt").read_text()
     curves = RowFile(tmp_path / "out" / "quality_curves.json").read()

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.measured import Row
-from benchmarks.quality.report import verdicts, write_report
+from benchmarks.quality.report import write_report
 from benchmarks.quality.tables import (
     KL,
+    Noise,
     Spread,
     cost_table,
     depth_table,
@@ -21,6 +22,8 @@ from benchmarks.quality.tables import (
     of_budget,
     question_table,
     teacher_row,
+    tokens_text,
+    verdicts,
 )
 from pipeline.errors import UserError
 
@@ -60,11 +63,18 @@ def test_differences_are_taken_seed_by_seed() -> None:
     assert Spread.of([1.0]).text() == "1.000" and Spread.of([1.0, 3.0]).text(1, sign=True) == "+2.0 ± 1.4"
 
 
-def test_noise_is_pooled_over_arms_and_tables() -> None:
+def test_noise_is_pooled_over_the_arms_of_a_question() -> None:
     # Differences by seed: signal: delta -0.30, -0.32; mix-0.9 -0.29, -0.335; mix: mix-0.9 +0.01, -0.015.
-    variances = [0.02**2 / 2, 0.045**2 / 2, 0.025**2 / 2]
-    assert noise(ROWS, "screen", KL) == pytest.approx(math.sqrt(sum(variances) / 3))
-    assert noise(ROWS, "headline", KL) is None
+    for question, gaps in (("signal", (0.02, 0.045)), ("mix", (0.025,))):
+        found = noise(ROWS, "screen", question, KL)
+        assert found is not None and found.freedom == len(gaps)
+        assert found.deviation == pytest.approx(math.sqrt(sum(gap**2 / 2 for gap in gaps) / len(gaps)))
+    assert noise(ROWS, "headline", "signal", KL) is None and noise(ROWS, "screen", "k", KL) is None
+
+
+def test_few_seeds_need_larger_differences() -> None:
+    assert Noise(0.1, 2).limit(4) == pytest.approx(4.30 * 0.1 / 2)
+    assert Noise(0.1, 1).limit(1) > Noise(0.1, 2).limit(1) > Noise(0.1, 13).limit(1) == Noise(0.1, 99).limit(1)
 
 
 def test_a_table_has_the_reference_first_then_the_nearest() -> None:
@@ -74,13 +84,20 @@ def test_a_table_has_the_reference_first_then_the_nearest() -> None:
     assert lines[0]["KL"] == "1.210 ± 0.014" and lines[2]["KL"] == "1.400" and lines[2]["seeds"] == 1
     assert lines[0]["other CE"] == "5.210 ± 0.014" and lines[0]["top-1"] == "50.0%"
     assert question_table(ROWS, "screen", "k") == []  # its reference alone is no table
-    assert [line["arm"] for line in question_table(ROWS, "headline", "signal")] == ["online"]
+    assert question_table(ROWS, "headline", "signal") == []  # nor is any other arm alone
+
+
+def test_tokens_of_all_phases_are_told() -> None:
+    assert tokens_text(ROWS[0]) == "4.2 M"
+    assert tokens_text({**ROWS[0], "tokens_before": 3_000_000, "align_tokens": 2_000_000}) == "7.2 M + 2.0 M"
 
 
 def test_costs() -> None:
     line = cost_table(ROWS, "screen")[0]
     assert (line["arm"], line["train"], line["start"], line["tokens/s"]) == ("ce", 10.0, 0.0, 400_000)
     assert line["cache B/token"] == "-"
+    lines = cost_table([{**ROWS[0], "workers": 4, "gpus": 2, "graphs": True}, ROWS[1]], "screen")
+    assert [(line["at once"], line["graphs"], line["seeds"]) for line in lines] == [("2", "yes", 1), ("-", "-", 1)]
     told = [{**each, "cache_bytes": 55.25 + each["seed"]} for each in ROWS]
     assert cost_table(told, "screen")[0]["cache B/token"] == 55.8  # of seeds 0 and 1
 
@@ -118,7 +135,7 @@ def test_a_page_tells_of_further_judges(tmp_path: Path) -> None:
         "attention": {"mean": mean, "depth": depth},
     }
     plain = write_report([TEACHER, *ROWS], [], tmp_path).read_text()
-    assert plain.count("Nothing was measured yet.") == 3
+    assert plain.count("Nothing was measured yet.") == 4
     (tmp_path / "results" / f"attention-{ROWS[0]['arm']}-0.png").write_bytes(b"a picture")
     text = write_report([TEACHER, {**ROWS[0], **judged}, *ROWS[1:]], [], tmp_path).read_text()
     assert "62.5" in text and "50.0" in text and "0.2500" in text and "Nothing was measured yet." not in text
@@ -148,37 +165,42 @@ def test_attention_by_depth_has_baselines_once() -> None:
     assert list(lines[0])[1:] == ["0% to 50%", "50% to 100%"]
 
 
-def test_a_verdict_needs_more_than_twice_the_noise() -> None:
-    said = verdicts(ROWS, "screen", "signal")
-    assert (
-        said == "Nearer to the teacher than `ce` by more than twice the noise: `delta` (-0.3100), `mix-0.9` (-0.3125)."
+def test_a_verdict_needs_more_than_the_noise() -> None:
+    told = "against `ce`: lower with `delta` (-0.3100), `mix-0.9` (-0.3125)."
+    assert verdicts(ROWS, "screen", "signal") == f"KL to the teacher, {told} Cross-entropy, {told}"
+    assert "KL to the teacher, against `delta`: not told apart with `mix-0.9` (-0.0025)." in verdicts(
+        ROWS, "screen", "mix"
     )
-    assert verdicts(ROWS, "screen", "mix") == "Not told apart from `delta`: `mix-0.9` (-0.0025)."
     assert verdicts(ROWS, "headline", "signal") == ""
     worse = [*ROWS, *(row("ce-2", seed, 1.7, ["signal"]) for seed in (0, 1))]
-    assert "Farther from it than `ce`: `ce-2` (+0.1800)." in verdicts(worse, "screen", "signal")
+    assert "; higher with `ce-2` (+0.1800)." in verdicts(worse, "screen", "signal")
 
 
 def test_the_report_is_written_from_rows_alone(tmp_path: Path) -> None:
     curves = [{"arm": "ce", "seed": 0, "budget": "screen", "step": [10, 20], "ce": [9.0, 8.0]}]
     page = write_report([TEACHER, *ROWS], curves, tmp_path)
     text = page.read_text()
-    assert "$" not in text and "Trained parameters: 12,345,678." in text and "some GPU" in text
+    assert "$" not in text and "Trained parameters: 12,345,678;" in text and "some GPU" in text
     for told in (
         "262,144 held-out targets",
         "4.2 million token positions, 256 steps, 4 arms, seeds 0, 1, 2",
-        "0.0225 nats",
+        "signal 0.0246 and 0.0246 (2)",
+        "- **What of the teacher helps?** KL to the teacher, against `ce`: lower with",
+        "| `online` | 8.000 | 6.000 | 5.000 |",
     ):
         assert told in text
-    assert "| `delta` | 2 | 1.210 ± 0.014 | -0.3100 ± 0.0141 |" in text
+    assert "| `delta` | 2 | 12.3 M | 4.2 M | 1.210 ± 0.014 | -0.3100 ± 0.0141 |" in text
     assert "3.000 nats (20.1 perplexity" in text and "it failed" not in text
     pictures = re.findall(r"\]\((results/[^)]+\.png)\)", text)
     assert sorted(pictures) == sorted(f"results/{path.name}" for path in (tmp_path / "results").iterdir())
     assert {"results/signal-screen.png", "results/curves-screen.png", "results/mix-screen.png"} <= set(pictures)
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     assert "## How many ids does a cache need?" not in text  # nothing was measured
+    (tmp_path / "results" / "k-screen.png").write_bytes(b"of an earlier page")
+    (tmp_path / "results" / "attention-ce-3.png").write_bytes(b"a user's")
     again = write_report([TEACHER, *ROWS], curves, tmp_path).read_text()
-    assert again == text
+    assert again == text and (tmp_path / "results" / "attention-ce-3.png").is_file()
+    assert not (tmp_path / "results" / "k-screen.png").exists()
 
 
 def test_without_figures_there_is_no_page(tmp_path: Path) -> None:
