@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -58,17 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def guarded() -> int:
-    """`main` for a terminal: characters it cannot show are replaced, and a reader that stops early is no error."""
+    """`main` for a terminal: characters it cannot show are replaced."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    try:
-        status = main()
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return main()
 
 
 if __name__ == "__main__":

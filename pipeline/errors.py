@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -29,10 +30,13 @@ def named(error: OSError, path: object) -> OSError:
 def run_command(command: Callable[[], int | None]) -> int:
     """Run a command line's body; turn `UserError`, a full disk and Ctrl-C into one sentence and an exit status.
 
-    Returns the body's status (0 for None), 2 after a `UserError` or an operating system error, 130 after Ctrl-C.
+    Returns the body's status (0 for None), 2 after a `UserError` or an operating system error, 130 after Ctrl-C. A reader
+    of its output that stops early (`| head`) is no error.
     """
     try:
-        return command() or 0
+        status = command() or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -40,6 +44,8 @@ def run_command(command: Callable[[], int | None]) -> int:
         print("interrupted: everything committed so far is kept; run the same command to go on", file=sys.stderr)
         return 130
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and reader_left():
+            return 0
         where = f" ({error.filename})" if error.filename else ""
         print(
             f"error: {error.strerror or error}{where}: committed files are kept; mend the cause and run the same "
@@ -47,3 +53,13 @@ def run_command(command: Callable[[], int | None]) -> int:
             file=sys.stderr,
         )
         return 2
+
+
+def reader_left() -> bool:
+    """Whether nobody reads standard output any more; what is left to write then goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

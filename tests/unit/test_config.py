@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -152,3 +154,32 @@ def test_user_errors_become_a_line_and_a_status(capsys: pytest.CaptureFixture[st
     assert run_command(fail(KeyboardInterrupt())) == 130
     with pytest.raises(ZeroDivisionError):
         run_command(fail(ZeroDivisionError()))
+
+
+READER_LEAVES = """
+import sys
+from pipeline.errors import run_command
+
+def body():
+    if sys.argv[1] == "prints":
+        for n in range(100_000):
+            print("line", n)
+    raise BrokenPipeError(32, "Broken pipe", "a worker's pipe")
+
+sys.exit(run_command(body))
+"""
+
+
+@pytest.mark.parametrize(("does", "status"), [("prints", 0), ("fails", 2)])
+def test_a_reader_that_stops_early_is_no_error(does: str, status: int) -> None:
+    """`command | head -1`; another pipe that breaks is an error as before."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", READER_LEAVES, does], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    if does == "prints":
+        assert process.stdout.readline() == "line 0\n"
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(60) == status
+    assert said == "" if status == 0 else "a worker's pipe" in said
