@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -30,8 +31,8 @@ def named(error: OSError, path: object) -> OSError:
 def run_command(command: Callable[[], int | None]) -> int:
     """Run a command line's body; turn `UserError`, a full disk and Ctrl-C into one sentence and an exit status.
 
-    Returns the body's status (0 for None), 2 after a `UserError` or an operating system error, 130 after Ctrl-C. A reader
-    of its output that stops early (`| head`) is no error.
+    Returns the body's status (0 for None), 2 after a `UserError` or an operating system error, 130 after Ctrl-C. A
+    reader of its output that stops early (`| head`) is no error.
     """
     try:
         status = command() or 0
@@ -58,8 +59,12 @@ def run_command(command: Callable[[], int | None]) -> int:
 def reader_left() -> bool:
     """Whether nobody reads standard output any more; what is left to write then goes nowhere."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file of the operating system's
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    if not any(events & select.POLLERR for _, events in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return True

@@ -179,7 +179,7 @@ def test_a_reader_that_stops_early_is_no_error(does: str, status: int) -> None:
     assert process.stdout is not None and process.stderr is not None
     if does == "prints":
         assert process.stdout.readline() == "line 0\n"
-    process.stdout.close()
+        process.stdout.close()
     said = process.stderr.read()
     assert process.wait(60) == status
     assert said == "" if status == 0 else "a worker's pipe" in said
