@@ -63,3 +63,10 @@ def test_a_padded_vocabulary_of_the_teacher_is_cut() -> None:
     log_p_NV, log_q_NV = logits_NV.log_softmax(-1), (h_ND @ head.weight_VD.T).log_softmax(-1)
     kl_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
     torch.testing.assert_close(found.kl, kl_N[target_N != IGNORE].sum().detach())
+
+
+def test_a_trained_head_is_refused() -> None:
+    h_ND, head, target_N, teacher, h_NE, _ = inputs({})
+    head.weight_VD.requires_grad_()
+    with pytest.raises(NotImplementedError, match="a frozen head no gradient"):
+        full_kd_sums(h_ND, head, target_N, teacher, h_NE, 0.0, 1.0, 1.0, 8)
