@@ -88,7 +88,7 @@ def test_arms_cover_what_is_asked() -> None:
 def test_dumps_cut_the_same_rows() -> None:
     """Arms are compared on the same tokens in the same order, whichever cache they read."""
     cuts = {name: dump(name) for name in dict.fromkeys(arm.cache for arm in ARMS.values())}
-    assert len(cuts) == 4
+    assert len(cuts) == 5
     for field in ("corpus", "teacher", "tokens_per_shard", "packing", "separator"):
         assert len({str(getattr(cut, field)) for cut in cuts.values()}) == 1, field
     # Groups of as many tokens are shuffled alike, so that the same text comes first in longer rows too.
