@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.markdown import code, plain, table
-from pipeline.report.results import NAMES, read_evaluation, read_zero_shot
+from pipeline.report.results import MEASURES, MOST_EVALUATIONS, NAMES, read_evaluation, read_zero_shot
 from student.runs.checkpoint import checkpoint_path
 
-MEASURES = ("cross_entropy", "perplexity", "bits_per_byte")
 COUNTS = (("rows", "rows"), ("targets", "tokens"), ("target_bytes", "bytes"))
-MOST_OTHERS = 16
 NOT_YET = "Not measured yet: run `python -m student.evaluate`, then export again."
 
 
@@ -44,7 +42,7 @@ def read_figures(run: Path, checkpoint: str) -> Measured:
     changed = checkpoint_path(run, checkpoint).stat().st_mtime
     found: dict[str, dict[str, Any]] = {}
     reasons: list[str] = []
-    for path in [run / "evaluation.json", *sorted(run.glob("evaluation-*.json"))[:MOST_OTHERS]]:
+    for path in [run / "evaluation.json", *sorted(run.glob("evaluation-*.json"))[:MOST_EVALUATIONS]]:
         if not path.is_file():
             continue
         figures = read_evaluation(path)
