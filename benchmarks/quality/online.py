@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
 from student.data.batch import IGNORE, Batch
 from student.evaluation.hugging_face import CausalLM, load_causal_lm
 from student.losses.fused import Head, KDSums
@@ -75,9 +76,15 @@ def full_kd_sums(
         teacher: gives the logits of `h_NE`, its hidden states at the N positions.
         weight_kl: coefficient of the divergence, the factor tau^2 included.
         chunk_rows: C.
+
+    Raises:
+        UserError: the head is trained.
     """
     if head.weight_VD.requires_grad:
-        raise NotImplementedError("the loss with the teacher in the loop gives a frozen head no gradient")
+        raise UserError(
+            "teacher_in_loop: its loss has no gradient for a trained head: set model.student.train_head to false, "
+            "or take a cache"
+        )
     total, ce, kl = _FullKD.apply(h_ND, head, target_N, teacher, h_NE, weight_ce, weight_kl, tau, chunk_rows)
     return KDSums(total, ce, kl)
 

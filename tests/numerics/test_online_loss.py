@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.online import full_kd_sums
+from pipeline.errors import UserError
 from student.data.batch import IGNORE
 from student.evaluation.hugging_face import CausalLM
 from student.losses.fused import Head, TeacherTopK, fused_kd_sums
@@ -68,5 +69,5 @@ def test_a_padded_vocabulary_of_the_teacher_is_cut() -> None:
 def test_a_trained_head_is_refused() -> None:
     h_ND, head, target_N, teacher, h_NE, _ = inputs({})
     head.weight_VD.requires_grad_()
-    with pytest.raises(NotImplementedError, match="a frozen head no gradient"):
+    with pytest.raises(UserError, match="no gradient for a trained head: set model.student.train_head to false"):
         full_kd_sums(h_ND, head, target_N, teacher, h_NE, 0.0, 1.0, 1.0, 8)
