@@ -95,6 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
         results = given.scratch / QUALITY.name
     arms = chosen(load_arms(), given.arms, given.question, budget)
     seeds = given.seeds or list(budget.seeds)
+    if unasked := sorted(set(given.judged_seeds or []) - set(seeds)):
+        raise UserError(
+            f"--judged_seeds {unasked[0]}: not among the seeds {', '.join(map(str, seeds))}; add it to --seeds"
+        )
     judges = {seed: tuple(given.judges) for seed in given.judged_seeds or seeds}
     how = {"keep": given.keep_runs, "graphs": given.graphs}
     missing = trials_of(arms, seeds, budget, RowFile(results).read(), given.scratch, judges, **how)

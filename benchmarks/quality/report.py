@@ -174,8 +174,8 @@ def _positions(rows: Sequence[Row], budget: str, pictures: Path) -> str:
     teacher = teacher_row(rows, budget)
     picture = pictures / f"positions-{budget}.png"
     commit_bytes(picture, positions(arms, teacher))
-    told = _table(position_table(arms, teacher))
-    return f"*{budget}*, held-out text.\n\n![Cross-entropy by position]({pictures.name}/{picture.name})\n\n{told}\n"
+    told = f"![Cross-entropy by position]({pictures.name}/{picture.name})\n\n{_table(position_table(arms, teacher))}"
+    return f"*{budget}*, held-out text; the table by how many tokens were read, from so many on.\n\n{told}\n"
 
 
 def _long(rows: Sequence[Row], budget: str) -> str:

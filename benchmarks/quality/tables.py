@@ -97,9 +97,10 @@ def noise(rows: Sequence[Row], budget: str, question: str, what: Measure) -> Noi
 
 
 def question_table(rows: Sequence[Row], budget: str, question: str) -> list[Row]:
-    """A row for each arm of a question, the reference first, then by the KL to the teacher; empty for less than two."""
+    """A row for each arm of a question, the reference first, then by the KL to the teacher; empty without
+    the reference, or with nothing else."""
     own, reference = of_question(rows, budget, question), QUESTIONS[question].reference
-    if len(own) < 2:
+    if reference not in own or len(own) < 2:
         return []
     order = sorted(own, key=lambda name: (name != reference, mean(map(KL, own[name]))))
     return [_line(name, own[name], own.get(reference, []), name == reference) for name in order]
@@ -171,11 +172,11 @@ def cost_table(rows: Sequence[Row], budget: str) -> list[Row]:
 
 
 def position_table(arms: dict[str, list[Row]], teacher: Row | None) -> list[Row]:
-    """Cross-entropy by how many tokens were read before, means over seeds, and the teacher's."""
+    """Cross-entropy by how many tokens were read, from so many on, means over seeds, and the teacher's."""
 
     def line(name: str, own: Sequence[Row]) -> Row:
         bins = zip(*(row["by_position"] for row in own), strict=True)
-        return {"arm": name} | {f"{bin_S[0][0]:,}": f"{mean(place[1] for place in bin_S):.3f}" for bin_S in bins}
+        return {"arm": name} | {f"{bin_S[0][0] + 1:,}": f"{mean(place[1] for place in bin_S):.3f}" for bin_S in bins}
 
     lines = [line(name, own) for name, own in arms.items()]
     return [*lines, *([line(TEACHER, [teacher])] if teacher is not None else [])]

@@ -8,12 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import pytest
+
 from benchmarks.measured import Row
-from benchmarks.quality.__main__ import trials_of, with_questions
+from benchmarks.quality.__main__ import main, trials_of, with_questions
 from benchmarks.quality.arms import BUDGETS, load_arms
 from benchmarks.quality.caches import Dumps
 from benchmarks.quality.pool import Clock, Pool, Worker, kind_of, known_seconds
 from benchmarks.quality.trial import Trial, start_folder
+from pipeline.errors import UserError
 
 READY = ("experiment", "experiment-other", "experiment-long")
 
@@ -57,6 +60,11 @@ def test_a_trial_is_missing_until_its_judges_have_answered(tmp_path: Path) -> No
     assert missing(row, {**row, "seed": 1}) == [(0, ("attention",))]
     assert missing({**row, "attention": {}}, {**row, "seed": 1}) == []
     assert missing({**row, "unjudged": {"attention": "it has no maps"}}) == [(1, ())]
+
+
+def test_judged_seeds_are_among_the_seeds() -> None:
+    with pytest.raises(UserError, match="--judged_seeds 7: not among the seeds 0, 1; add it to --seeds"):
+        main(["--list", "--seeds", "0", "1", "--judges", "attention", "--judged_seeds", "1", "7"])
 
 
 def test_rows_follow_their_arms_to_other_questions() -> None:
